@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use crate::state::Block;
 
@@ -41,6 +42,28 @@ pub trait Bus {
 #[derive(Debug, Default)]
 #[repr(transparent)]
 pub(crate) struct Attention(pub(crate) AtomicU32);
+
+impl Attention {
+    /// Waits until the word is set, or for `limit`.
+    pub(crate) fn wait(&self, limit: Option<Duration>) {
+        let time = limit.map(|d| libc::timespec {
+            tv_sec: d.as_secs() as libc::time_t,
+            tv_nsec: i64::from(d.subsec_nanos()),
+        });
+        let pointer = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: the word and the time are valid for the call; a spurious return is
+        // allowed.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.0.as_ptr(),
+                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                0,
+                pointer,
+            );
+        }
+    }
+}
 
 /// Makes a vCPU look up from what it does: to take an interrupt, or to see that it is to
 /// stop. Cheap to clone, callable from any thread, and never lost.

@@ -46,6 +46,18 @@ impl Exception {
         Self::with_code(vector::GP, code)
     }
 
+    pub(crate) fn stack_fault(code: u32) -> Self {
+        Self::with_code(vector::SS, code)
+    }
+
+    pub(crate) fn not_present(code: u32) -> Self {
+        Self::with_code(vector::NP, code)
+    }
+
+    pub(crate) fn invalid_tss(code: u32) -> Self {
+        Self::with_code(vector::TS, code)
+    }
+
     pub(crate) fn undefined() -> Self {
         Self::new(vector::UD)
     }

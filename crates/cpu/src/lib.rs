@@ -1,11 +1,29 @@
-//! The x86-64 software CPU.
+//! The x86-64 software CPU: a block translator that re-encodes harmless instructions and
+//! emulates sensitive ones (Popek and Goldberg 1974, kept in user space).
+//!
+//! ```text
+//!   engine ── finds, enters, settles ──► translate (decode, classify, lower, cache)
+//!     │                                        │ emits code that uses
+//!     ├─► system (CR, MSR, IRET, INT, strings) ▼
+//!     └─► mmu (walk, TLB) ◄──slow path── translated code ──GS──► state
+//! ```
+//!
+//! [`Cpu`] is one vCPU; [`Bus`] is the machine around it. This crate does no I/O of its
+//! own, knows of no device and never opens /dev/kvm.
+
+mod blocks;
 mod bus;
+mod engine;
 mod exception;
 mod hash;
 mod mmu;
+mod signal;
 pub mod state;
+mod system;
+mod translate;
 
 pub use bus::{Bus, Waker};
+pub use engine::{Cpu, Exit, Statistics};
 pub use exception::{Exception, vector};
 
 /// Why a vCPU could not be set up.

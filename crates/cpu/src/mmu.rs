@@ -103,7 +103,7 @@ fn hash64(number: u64) -> u64 {
 
 /// The index of a linear address in a jump cache.
 pub(crate) fn jump_index(pc: u64) -> usize {
-    (pc as usize) & (JUMP_ENTRIES - 1)
+    (pc as usize >> 12 ^ pc as usize) & (JUMP_ENTRIES - 1)
 }
 
 fn tlb_index(linear: u64) -> usize {
@@ -212,6 +212,9 @@ pub(crate) struct Core {
     pub(crate) state: StateRef,
     pub(crate) memory: GuestMemory,
     pub(crate) index: u32,
+    /// TSC frequency that the guest is told, in kHz.
+    pub(crate) tsc_khz: u32,
+    pub(crate) cpuid: crate::system::cpuid::Table,
     /// Interrupts may be pending: ask the bus before running on.
     pub(crate) check_interrupts: bool,
     /// Physical ranges with translated code that were written and must be thrown away
@@ -224,11 +227,13 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(memory: GuestMemory, index: u32) -> Self {
+    pub(crate) fn new(memory: GuestMemory, index: u32, tsc_khz: u32) -> Self {
         let mut core = Self {
             state: StateRef::new(),
             memory,
             index,
+            tsc_khz,
+            cpuid: crate::system::cpuid::Table::from_host(tsc_khz, index, 1),
             check_interrupts: true,
             stale: Vec::new(),
             spaces: Vec::new(),

@@ -259,6 +259,8 @@ pub struct State {
     pub tsc_offset: u64,
     /// Nonzero while the guest's extended state is in the host's registers.
     pub(crate) fpu_loaded: u64,
+    /// Nonzero: an interrupt may be pending that IF held back; STI has to look.
+    pub(crate) interrupts_held: u64,
     /// The host stack pointer to leave translated code with.
     pub(crate) host_rsp: u64,
     /// Temporaries of one translated instruction.
@@ -342,6 +344,7 @@ impl State {
             gs_base: 0,
             tsc_offset: 0,
             fpu_loaded: 0,
+            interrupts_held: 0,
             host_rsp: 0,
             temp: [0; 4],
             saved_status: 0,

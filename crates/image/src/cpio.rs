@@ -56,7 +56,11 @@ impl Archive {
         let path = path.trim_start_matches('/');
         let size = u32::try_from(data.len()).expect("an initramfs file is smaller than 4 GiB");
         self.last_inode += 1;
-        let links = if mode & TYPE_DIRECTORY == TYPE_DIRECTORY { 2 } else { 1 };
+        let links = if mode & TYPE_DIRECTORY == TYPE_DIRECTORY {
+            2
+        } else {
+            1
+        };
         let fields = [
             self.last_inode,
             mode,
@@ -74,7 +78,8 @@ impl Archive {
         ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
+            self.bytes
+                .extend_from_slice(format!("{field:08x}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);

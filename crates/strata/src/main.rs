@@ -1,1 +1,79 @@
-fn main() {}
+//! The `strata` binary: command line, terminal, exit status. What it does is in the crates
+//! below; here is only what belongs to a process and its user.
+#![forbid(unsafe_code)]
+
+mod appliance;
+mod cli;
+mod command;
+mod console;
+mod doctor;
+mod exit;
+mod keys;
+mod machine;
+mod manual;
+mod report;
+mod run;
+mod supervisor;
+mod terminal;
+mod units;
+
+use std::io::{self, ErrorKind, Write};
+use std::panic;
+use std::process::{self, ExitCode};
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::exit::End;
+
+fn main() -> ExitCode {
+    end_on_panic();
+    let cli = Cli::parse();
+    report::start_log(cli.verbose);
+    let end = match cli.command {
+        Command::Run(args) => {
+            if let Err(error) = args.check() {
+                error.exit();
+            }
+            run::run(&args, cli.verbose > 0).unwrap_or_else(|fault| {
+                report::say_error(&fault);
+                if let Some(advice) = fault.advice() {
+                    report::say(advice);
+                }
+                End::NotStarted
+            })
+        }
+        Command::Doctor(args) => doctor::doctor(args.output),
+        Command::Completions { shell } => print(&manual::completions(shell)),
+        Command::Man { subcommand } => match manual::page(subcommand.as_deref()) {
+            Ok(page) => print(&page),
+            Err(error) => error.exit(),
+        },
+    };
+    end.into()
+}
+
+/// Writes to standard output; a reader that has gone is no error.
+fn print(bytes: &[u8]) -> End {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Ok(()) => End::Done,
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => End::Done,
+        Err(error) => {
+            report::say(&format!("cannot write standard output: {error}"));
+            End::NotStarted
+        }
+    }
+}
+
+/// A panic in any thread is a fault of ours that the machine cannot outlive. The terminal is
+/// given back before the message, and the whole process ends.
+fn end_on_panic() {
+    let tell = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        terminal::restore();
+        tell(info);
+        report::say("this is a fault in Strata; please report it with the lines above");
+        process::exit(i32::from(End::MachineFailed.status()));
+    }));
+}

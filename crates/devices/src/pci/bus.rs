@@ -71,7 +71,12 @@ impl<F: PciFunction> PciBus<F> {
     /// An empty bus. The host bridge is to be added first, to become 00:00.0.
     pub fn new(layout: PciLayout) -> Self {
         let next_bar = layout.window.start;
-        Self { slots: Vec::new(), layout, next_bar, address: 0 }
+        Self {
+            slots: Vec::new(),
+            layout,
+            next_bar,
+            address: 0,
+        }
     }
 
     /// Adds a function in the next slot, gives its BARs addresses, and returns its device
@@ -84,7 +89,10 @@ impl<F: PciFunction> PciBus<F> {
             if size == 0 {
                 continue;
             }
-            let start = self.next_bar.checked_next_multiple_of(size).ok_or(BusFull::Window)?;
+            let start = self
+                .next_bar
+                .checked_next_multiple_of(size)
+                .ok_or(BusFull::Window)?;
             let end = start.checked_add(size).ok_or(BusFull::Window)?;
             if end > self.layout.window.end {
                 return Err(BusFull::Window);
@@ -161,7 +169,11 @@ impl<F: PciFunction> PciBus<F> {
         // Bits 19:15 device, 14:12 function, 11:0 register.
         let (index, register) = (offset / ECAM_FUNCTION_SIZE, offset % ECAM_FUNCTION_SIZE);
         let absent = index % 8 != 0 || register + length as u64 > ECAM_FUNCTION_SIZE;
-        let slot = if absent { usize::MAX } else { index as usize / 8 };
+        let slot = if absent {
+            usize::MAX
+        } else {
+            index as usize / 8
+        };
         Some((slot, register as u16))
     }
 
@@ -172,20 +184,28 @@ impl<F: PciFunction> PciBus<F> {
                 let window = slot.windows[bar]?;
                 Some((bar, window.offset_of(address, length as u64)?))
             })?;
-            Some(BarHit { function: &mut slot.function, bar, offset })
+            Some(BarHit {
+                function: &mut slot.function,
+                bar,
+                offset,
+            })
         })
     }
 
     /// A load from ECAM. False if `address` is not in it.
     pub fn ecam_read(&mut self, address: u64, data: &mut [u8]) -> bool {
-        let Some((slot, offset)) = self.ecam(address, data.len()) else { return false };
+        let Some((slot, offset)) = self.ecam(address, data.len()) else {
+            return false;
+        };
         self.config_read(slot, offset, data);
         true
     }
 
     /// A store to ECAM. False if `address` is not in it.
     pub fn ecam_write(&mut self, address: u64, data: &[u8]) -> bool {
-        let Some((slot, offset)) = self.ecam(address, data.len()) else { return false };
+        let Some((slot, offset)) = self.ecam(address, data.len()) else {
+            return false;
+        };
         self.config_write(slot, offset, data);
         true
     }
@@ -195,7 +215,9 @@ impl<F: PciFunction> PciBus<F> {
         if self.ecam_read(address, data) {
             return true;
         }
-        let Some(hit) = self.decode(address, data.len()) else { return false };
+        let Some(hit) = self.decode(address, data.len()) else {
+            return false;
+        };
         hit.function.bar_read(hit.bar, hit.offset, data);
         true
     }
@@ -205,7 +227,9 @@ impl<F: PciFunction> PciBus<F> {
         if self.ecam_write(address, data) {
             return true;
         }
-        let Some(hit) = self.decode(address, data.len()) else { return false };
+        let Some(hit) = self.decode(address, data.len()) else {
+            return false;
+        };
         hit.function.bar_write(hit.bar, hit.offset, data);
         true
     }
@@ -214,7 +238,9 @@ impl<F: PciFunction> PciBus<F> {
 impl<F> std::fmt::Debug for PciBus<F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let slots = self.slots.len();
-        f.debug_struct("PciBus").field("slots", &slots).finish_non_exhaustive()
+        f.debug_struct("PciBus")
+            .field("slots", &slots)
+            .finish_non_exhaustive()
     }
 }
 
@@ -223,7 +249,10 @@ mod tests {
     use super::*;
     use crate::pci::{ConfigSpace, HostBridge, Identity};
 
-    const LAYOUT: PciLayout = PciLayout { ecam: 0xe000_0000, window: 0xc000_0000..0xc000_3000 };
+    const LAYOUT: PciLayout = PciLayout {
+        ecam: 0xe000_0000,
+        window: 0xc000_0000..0xc000_3000,
+    };
 
     /// A function with a BAR of 4 KiB that keeps the last byte written to it.
     struct Scratch(ConfigSpace, u8);
@@ -289,7 +318,11 @@ mod tests {
     #[test]
     fn an_empty_slot_another_bus_and_another_function_read_all_ones() {
         let mut bus = bus();
-        for address in [config_address(2, 0), config_address(0, 0) | 1 << 16, 0x8000_0100] {
+        for address in [
+            config_address(2, 0),
+            config_address(0, 0) | 1 << 16,
+            0x8000_0100,
+        ] {
             bus.port_write(0xcf8, 4, address);
             assert_eq!(bus.port_read(0xcfc, 4), 0xffff_ffff);
             assert_eq!(bus.port_read(0xcfc, 2), 0xffff);

@@ -116,7 +116,10 @@ impl ConfigSpace {
         config.set(register::DEVICE_ID, &identity.device.to_le_bytes());
         config.set(register::REVISION, &[identity.revision]);
         config.set(register::CLASS, &identity.class.to_le_bytes()[..3]);
-        config.set(register::SUBSYSTEM_VENDOR_ID, &identity.subsystem_vendor.to_le_bytes());
+        config.set(
+            register::SUBSYSTEM_VENDOR_ID,
+            &identity.subsystem_vendor.to_le_bytes(),
+        );
         config.set(register::SUBSYSTEM_ID, &identity.subsystem.to_le_bytes());
         config.allow(register::COMMAND, &Command::all().bits().to_le_bytes());
         config.allow(register::CACHE_LINE_SIZE, &[0xff]);
@@ -164,7 +167,9 @@ impl ConfigSpace {
         assert!(end <= SIZE, "capabilities exceed configuration space");
         self.bytes[start] = id;
         self.bytes[start + 2..end].copy_from_slice(body);
-        let link = self.last_capability.map_or(usize::from(register::CAPABILITIES), |c| c + 1);
+        let link = self
+            .last_capability
+            .map_or(usize::from(register::CAPABILITIES), |c| c + 1);
         self.bytes[link] = start as u8;
         self.bytes[usize::from(register::STATUS)] |= STATUS_CAPABILITIES;
         self.last_capability = Some(start);
@@ -272,7 +277,10 @@ mod tests {
         assert_eq!(config.bar_windows(), [None; BAR_COUNT]);
 
         config.write(register::COMMAND, &Command::MEMORY.bits().to_le_bytes());
-        let window = BarWindow { start: 0x2_c000_0000, size: 0x1000 };
+        let window = BarWindow {
+            start: 0x2_c000_0000,
+            size: 0x1000,
+        };
         assert_eq!(config.bar_windows()[2], Some(window));
     }
 

@@ -45,7 +45,10 @@ impl Vector {
     }
 
     fn message(&self) -> Msi {
-        Msi { address: self.address, data: self.data }
+        Msi {
+            address: self.address,
+            data: self.data,
+        }
     }
 }
 
@@ -67,7 +70,12 @@ impl Msix {
 
     /// A table of `vectors` (1 to 2048) entries, each masked.
     pub fn new(vectors: u16) -> Self {
-        let vector = Vector { address: 0, data: 0, control: VECTOR_MASKED, pending: false };
+        let vector = Vector {
+            address: 0,
+            data: 0,
+            control: VECTOR_MASKED,
+            pending: false,
+        };
         Self {
             vectors: vec![vector; usize::from(vectors.clamp(1, 2048))],
             enabled: false,
@@ -146,9 +154,13 @@ impl Msix {
     /// A vector that it unmasks with its pending bit set goes to `out`.
     pub fn table_write(&mut self, offset: u64, data: &[u8], out: &mut Vec<Msi>) {
         let (vector, start) = (offset as usize / ENTRY_SIZE, offset as usize % ENTRY_SIZE);
-        let Some(entry) = self.vectors.get_mut(vector) else { return };
+        let Some(entry) = self.vectors.get_mut(vector) else {
+            return;
+        };
         let mut bytes = entry.entry();
-        let Some(field) = bytes.get_mut(start..start + data.len()) else { return };
+        let Some(field) = bytes.get_mut(start..start + data.len()) else {
+            return;
+        };
         field.copy_from_slice(data);
         entry.set_entry(bytes);
         self.release(vector, out);
@@ -158,7 +170,9 @@ impl Msix {
     pub fn pending_read(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset as usize..).zip(data) {
             let bits = self.vectors.iter().skip(at.saturating_mul(8)).take(8);
-            *byte = bits.enumerate().fold(0, |b, (i, v)| b | u8::from(v.pending) << i);
+            *byte = bits
+                .enumerate()
+                .fold(0, |b, (i, v)| b | u8::from(v.pending) << i);
         }
     }
 }
@@ -167,7 +181,10 @@ impl Msix {
 mod tests {
     use super::*;
 
-    const MESSAGE: Msi = Msi { address: 0xfee0_1000, data: 0x41 };
+    const MESSAGE: Msi = Msi {
+        address: 0xfee0_1000,
+        data: 0x41,
+    };
 
     fn unmasked() -> Msix {
         let mut msix = Msix::new(3);

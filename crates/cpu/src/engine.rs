@@ -1,0 +1,631 @@
+//! Runs a vCPU: finds or makes blocks, enters them, and settles why they came back.
+//!
+//! ```text
+//!           ┌── interrupt? ── deliver ──┐
+//!   run ────┤                           ▼
+//!           └── find block ── enter ── translated code ── leave ──► system instruction,
+//!                  ▲                     ▲    │                      exception, chain,
+//!                  └─ translate          └────┘ slow access          attention
+//! ```
+
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use strata_memory::{CodeWriteListener, GuestMemory, PAGE_SIZE};
+
+use crate::blocks::{Blocks, Key};
+use crate::bus::{Bus, Waker};
+use crate::exception::{Exception, vector};
+use crate::mmu::{Core, Kind, Privilege, Target};
+use crate::signal::{self, Window};
+use crate::state::{BOUNCE_SIZE, State, cr0, cr4, rflags};
+use crate::system::{self, Flow};
+use crate::translate::asm::Asm;
+use crate::translate::cache::CodeCache;
+use crate::translate::lower::{ATTENTION_CHECK, Flags, Mode, Tools, meta};
+use crate::translate::thunks::{self, Callbacks, Leave, Thunks};
+use crate::translate::{Source, translate};
+use crate::Error;
+
+/// Address space for translated code, in bytes. Pages are used as code is made.
+const CACHE_SIZE: usize = 64 << 20;
+/// When less than this is left, the cache is emptied.
+const CACHE_RESERVE: usize = 64 << 10;
+/// The longest instruction, in bytes.
+const MAX_INSTRUCTION: usize = 15;
+
+/// Why [`Cpu::run`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// `stop` was set.
+    Stopped,
+    /// A triple fault.
+    TripleFault,
+    /// Something this CPU does not do; says what.
+    Fatal(String),
+}
+
+/// How much was translated, for reports.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Statistics {
+    /// Blocks made since the start.
+    pub blocks: u64,
+    /// Bytes of host code in the cache now.
+    pub cache_bytes: usize,
+    /// Times the cache was emptied.
+    pub flushes: u64,
+}
+
+/// Device writes into translated code, until the vCPU looks.
+#[derive(Default)]
+struct DeviceWrites(Mutex<Vec<(u64, u64)>>);
+
+struct Listener {
+    writes: Arc<DeviceWrites>,
+    waker: Waker,
+}
+
+impl CodeWriteListener for Listener {
+    fn code_written(&self, address: u64, length: u64) {
+        self.writes
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .push((address, length));
+        self.waker.wake();
+    }
+}
+
+/// A software vCPU. It belongs to the thread that calls [`Cpu::run`].
+pub struct Cpu {
+    core: Core,
+    blocks: Blocks,
+    cache: CodeCache,
+    thunks: Thunks,
+    thunks_end: usize,
+    tools: Tools,
+    /// Set while translated code runs, for the slow paths.
+    bus: Option<*const dyn Bus>,
+    /// What a slow path raised.
+    raised: Option<Exception>,
+    /// The next instruction runs as a block of its own, since it writes its own block.
+    alone: bool,
+    /// The extended state that current jump-cache entries were made for.
+    extended: u8,
+    device_writes: Arc<DeviceWrites>,
+    statistics: Statistics,
+}
+
+impl Cpu {
+    /// A vCPU with number `index` on `memory`, with the state after reset but in no mode
+    /// that it could run in: set CR0, CR4, EFER, segments and RIP before running. The
+    /// guest is told that the TSC runs at `tsc_khz`.
+    pub fn new(memory: GuestMemory, index: u32, tsc_khz: u32) -> Result<Self, Error> {
+        let mask = host_extended_state()?;
+        let core = Core::new(memory, index, tsc_khz);
+        let mut cache = CodeCache::new(CACHE_SIZE).map_err(Error::CodeCache)?;
+        let mut asm = Asm::new(cache.base());
+        let callbacks = Callbacks { access: access as *const () as u64, commit: commit as *const () as u64 };
+        let thunks = thunks::emit(&mut asm, mask, &callbacks);
+        cache.append(&asm.bytes);
+        let thunks_end = cache.used();
+        let device_writes = Arc::new(DeviceWrites::default());
+        let waker = Waker(Arc::clone(core.state.block()));
+        core.memory
+            .code()
+            .set_listener(Box::new(Listener { writes: Arc::clone(&device_writes), waker }));
+        Ok(Self {
+            core,
+            blocks: Blocks::default(),
+            cache,
+            thunks,
+            thunks_end,
+            tools: Tools {
+                encoder: iced_x86::Encoder::new(64),
+                info: iced_x86::InstructionInfoFactory::new(),
+            },
+            bus: None,
+            raised: None,
+            alone: false,
+            extended: 0,
+            device_writes,
+            statistics: Statistics::default(),
+        })
+    }
+
+    /// A handle to interrupt this vCPU with.
+    pub fn waker(&self) -> Waker {
+        Waker(Arc::clone(self.core.state.block()))
+    }
+
+    /// The architectural state.
+    pub fn state(&self) -> &State {
+        &self.core.state
+    }
+
+    /// The architectural state, to change while the vCPU does not run. After changing
+    /// control registers or EFER, call [`Cpu::reset_translations`].
+    pub fn state_mut(&mut self) -> &mut State {
+        &mut self.core.state
+    }
+
+    /// Forgets all translated code and all TLB contents.
+    pub fn reset_translations(&mut self) {
+        self.empty_cache();
+        self.core.flush_all();
+        self.core.select_space(false);
+    }
+
+    /// How much was translated.
+    pub fn statistics(&self) -> Statistics {
+        Statistics { cache_bytes: self.cache.used(), ..self.statistics }
+    }
+
+    fn empty_cache(&mut self) {
+        self.blocks.clear(&mut self.cache, self.thunks_end);
+        self.core.flush_jumps();
+        self.core.memory.code().clear();
+        self.statistics.flushes += 1;
+    }
+
+    /// Runs the guest until `stop` is set (and the vCPU woken), or it cannot go on.
+    pub fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Exit {
+        self.core.state.runtime = (&raw mut *self).cast::<c_void>();
+        // SAFETY: only the lifetime is widened; the pointer is cleared before `bus` ends.
+        self.bus = Some(unsafe { std::mem::transmute::<*const dyn Bus, *const dyn Bus>(bus) });
+        let block: *const crate::state::Block = &raw const **self.core.state.block();
+        // SAFETY: sets this thread's GS base, which nothing else in the process uses on
+        // x86-64 Linux (thread-local storage is FS).
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, block as u64) };
+        signal::set_window(Some(Window {
+            start: self.cache.base(),
+            end: self.cache.end(),
+            thunk: self.thunks.host_fault,
+            state: &raw mut *self.core.state,
+        }));
+        let exit = loop {
+            if let Some(exit) = self.step(stop, bus) {
+                break exit;
+            }
+        };
+        signal::set_window(None);
+        self.bus = None;
+        exit
+    }
+
+    /// One round: interrupts, then one entry into translated code and what it led to.
+    fn step(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Option<Exit> {
+        let attention = self.core.state.block().attention.0.swap(0, Ordering::SeqCst);
+        if attention != 0 {
+            self.core.check_interrupts = true;
+            self.take_device_writes();
+        }
+        if stop.load(Ordering::SeqCst) {
+            return Some(Exit::Stopped);
+        }
+        self.drop_stale();
+        let shadow = std::mem::take(&mut self.core.state.interrupt_shadow);
+        if self.core.check_interrupts {
+            if shadow {
+                // look again as soon as the shadow has passed
+                self.core.state.block().attention.0.store(1, Ordering::SeqCst);
+            } else if self.core.state.rflags() & rflags::IF != 0 {
+                if let Some(number) = bus.acknowledge_interrupt() {
+                    if system::deliver_interrupt(&mut self.core, bus, number).is_err() {
+                        return Some(Exit::TripleFault);
+                    }
+                } else {
+                    self.core.check_interrupts = false;
+                }
+            }
+        }
+        let trap = self.core.state.rflags() & rflags::TF != 0;
+        let single = trap || std::mem::take(&mut self.alone);
+        let entry = match self.find_block(single) {
+            Ok((_, entry)) => entry,
+            Err(exception) => return self.deliver(bus, exception),
+        };
+        let entry = if shadow || single { entry + ATTENTION_CHECK } else { entry };
+        self.core.state.interrupts_held = u64::from(self.core.check_interrupts);
+        // SAFETY: `entry` is in a live block of this vCPU's cache, GS and the window are
+        // set, and the state is only reached through raw pointers until it returns.
+        let code = unsafe {
+            let enter: extern "sysv64" fn(u64) -> u32 = std::mem::transmute(self.thunks.enter as *const ());
+            enter(entry)
+        };
+        let leave = Leave::from_code(code);
+        let done = match leave {
+            Leave::Lookup | Leave::Attention => true,
+            Leave::Link => {
+                self.link();
+                true
+            }
+            Leave::System => return self.system(stop, bus, trap),
+            Leave::Exception => match self.raised.take() {
+                Some(exception) => return self.deliver(bus, exception),
+                None => false,
+            },
+            Leave::HostFault => return self.host_fault(bus),
+        };
+        (trap && done && leave != Leave::Attention && system::deliver_single_step(&mut self.core, bus).is_err())
+            .then_some(Exit::TripleFault)
+    }
+
+    fn deliver(&mut self, bus: &dyn Bus, exception: Exception) -> Option<Exit> {
+        tracing::trace!(?exception, rip = self.core.state.rip, "exception");
+        system::deliver_exception(&mut self.core, bus, exception)
+            .is_err()
+            .then_some(Exit::TripleFault)
+    }
+
+    fn system(&mut self, stop: &AtomicBool, bus: &dyn Bus, trap: bool) -> Option<Exit> {
+        let number = self.core.state.temp[0];
+        let Some(instruction) = self.blocks.system(number) else {
+            return Some(Exit::Fatal(format!("no system instruction {number}")));
+        };
+        match system::execute(&mut self.core, bus, &instruction) {
+            Ok(Flow::Next) => self.core.state.rip = instruction.next_ip(),
+            Ok(Flow::Jump) => {}
+            Ok(Flow::Halt) => self.halt(stop, bus),
+            Ok(Flow::Fatal(reason)) => return Some(Exit::Fatal(reason)),
+            Err(exception) => return self.deliver(bus, exception),
+        }
+        (trap && system::deliver_single_step(&mut self.core, bus).is_err()).then_some(Exit::TripleFault)
+    }
+
+    /// Waits until there is an interrupt to take or the vCPU is to stop.
+    fn halt(&mut self, stop: &AtomicBool, bus: &dyn Bus) {
+        let enabled = self.core.state.rflags() & rflags::IF != 0;
+        self.core.state.interrupt_shadow = false;
+        loop {
+            let block = self.core.state.block();
+            block.attention.0.swap(0, Ordering::SeqCst);
+            if stop.load(Ordering::SeqCst) {
+                return;
+            }
+            if enabled && bus.interrupt_pending() {
+                self.core.check_interrupts = true;
+                return;
+            }
+            let wait = if enabled { bus.next_timer().map(|at| self.until(at)) } else { None };
+            block.attention.wait(wait);
+            self.take_device_writes();
+        }
+    }
+
+    /// Time until the host TSC reaches `at`.
+    fn until(&self, at: u64) -> Duration {
+        let cycles = at.saturating_sub(host_tsc());
+        let khz = u128::from(self.core.tsc_khz.max(1));
+        Duration::from_nanos((u128::from(cycles) * 1_000_000 / khz) as u64)
+    }
+
+    fn take_device_writes(&mut self) {
+        let mut writes = self
+            .device_writes
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.core.stale.append(&mut writes);
+    }
+
+    /// Throws away blocks whose bytes were written.
+    fn drop_stale(&mut self) {
+        for (address, length) in std::mem::take(&mut self.core.stale) {
+            self.invalidate(address, length);
+        }
+    }
+
+    fn invalidate(&mut self, address: u64, length: u64) {
+        self.blocks.invalidate(&mut self.cache, address, length);
+        if !self.blocks.page_in_use(address) {
+            self.core.memory.code().clear_page(address);
+        }
+    }
+
+    fn mode(&self, single: bool) -> Mode {
+        let state = &self.core.state;
+        let extended = if state.cr0 & (cr0::EM | cr0::TS) != 0 {
+            0
+        } else if state.cr4 & cr4::OSFXSR == 0 {
+            1
+        } else if state.cr4 & cr4::OSXSAVE == 0 || state.xcr0 & 6 != 6 {
+            2
+        } else {
+            3
+        };
+        let tsc = !self.core.user() || state.cr4 & cr4::TSD == 0;
+        Mode { user: self.core.user(), extended, tsc, single }
+    }
+
+    /// The block for where the guest is, made if need be: its number and entry address.
+    fn find_block(&mut self, single: bool) -> Result<(u32, u64), Exception> {
+        let mode = self.mode(single);
+        if mode.extended != self.extended {
+            self.extended = mode.extended;
+            self.core.flush_jumps();
+        }
+        let rip = self.core.state.rip;
+        let physical = self.core.fetch_address(rip)?;
+        let mut key = Key { physical, second: None, rip, mode };
+        let mut number = self.blocks.find(&key);
+        if number.is_none() {
+            number = Some(self.make_block(&mut key)?);
+        }
+        let number = number.unwrap_or_default();
+        let block = &self.blocks.all[number as usize];
+        let entry = self.cache.base() + u64::from(block.entry);
+        if !single {
+            let last = rip.wrapping_add(u64::from(block.length.max(1) - 1));
+            self.core.space().insert_jump(mode.user, rip, last, entry);
+        }
+        Ok((number, entry))
+    }
+
+    fn make_block(&mut self, key: &mut Key) -> Result<u32, Exception> {
+        let mut bytes = [0; PAGE_SIZE as usize];
+        let first = (PAGE_SIZE - key.rip % PAGE_SIZE) as usize;
+        let first = first.min(1024);
+        self.fetch(key.physical, &mut bytes[..first]);
+        if self.cache.free() < CACHE_RESERVE {
+            self.empty_cache();
+        }
+        if let Some(number) = self.place(key, &bytes[..first]) {
+            return Ok(number);
+        }
+        // the first instruction goes on in the next page
+        let next = (key.rip | (PAGE_SIZE - 1)).wrapping_add(1);
+        let second = self.core.fetch_address(next)?;
+        key.second = Some(second);
+        if let Some(number) = self.blocks.find(key) {
+            return Ok(number);
+        }
+        self.fetch(second, &mut bytes[first..first + MAX_INSTRUCTION]);
+        // sixteen bytes decide even an instruction that is too long
+        self.place(key, &bytes[..first + MAX_INSTRUCTION])
+            .ok_or_else(|| Exception::general_protection(0))
+    }
+
+    fn fetch(&self, physical: u64, bytes: &mut [u8]) {
+        match self.core.memory.host_ptr(physical, bytes.len() as u64) {
+            // SAFETY: the range is guest RAM, mapped while `self.core.memory` lives.
+            Some(host) => unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) },
+            // what a bus without a device reads as
+            None => bytes.fill(0xff),
+        }
+    }
+
+    fn place(&mut self, key: &Key, bytes: &[u8]) -> Option<u32> {
+        // whole cache lines keep a block's patched entry in one of them
+        let padding = (16 - self.cache.used() % 16) % 16;
+        self.cache.append(&[0xcc; 16][..padding]);
+        let host = self.cache.base() + self.cache.used() as u64;
+        let table = &self.core.cpuid;
+        // an instruction that crosses a page is a block of its own
+        let crossing = Mode { single: true, ..key.mode };
+        let mode = if key.second.is_some() { crossing } else { key.mode };
+        let source = Source { start: key.rip, bytes, mode };
+        let translated = translate(
+            &source,
+            &mut self.tools,
+            &self.thunks,
+            host,
+            &self.blocks.next(),
+            |feature| table.offered(feature),
+        )?;
+        let start = self.cache.append(&translated.lowered.code);
+        let number = self.blocks.add(*key, translated, start);
+        self.statistics.blocks += 1;
+        self.mark_code(number);
+        Some(number)
+    }
+
+    fn mark_code(&mut self, number: u32) {
+        let block = &self.blocks.all[number as usize];
+        let length = u64::from(block.length);
+        let first = length.min(PAGE_SIZE - block.key.physical % PAGE_SIZE);
+        let parts = [(block.key.physical, first), (block.key.second.unwrap_or(0), length - first)];
+        for (address, size) in parts {
+            if size > 0 && self.core.memory.code().mark(address, size) {
+                self.core.revoke_stores(address);
+            }
+        }
+    }
+
+    /// Chains the exit that was just taken to the block for `rip`.
+    fn link(&mut self) {
+        let exit = self.core.state.temp[0] as u32;
+        let flushes = self.statistics.flushes;
+        // a fault is met again, and delivered, in the next round
+        if let Ok((target, _)) = self.find_block(false)
+            && flushes == self.statistics.flushes
+            && self.blocks.exit_alive(exit)
+        {
+            self.blocks.chain(&mut self.cache, exit, target);
+        }
+    }
+
+    fn host_fault(&mut self, bus: &dyn Bus) -> Option<Exit> {
+        let fault = self.core.state.host_fault;
+        let offset = fault.rip.wrapping_sub(self.cache.base()) as u32;
+        let Some((number, site)) = self.blocks.locate(offset) else {
+            return Some(Exit::Fatal(format!("host fault {} outside of any block", fault.trap)));
+        };
+        let state = &mut *self.core.state;
+        state.rip = self.blocks.all[number as usize].key.rip.wrapping_add(u64::from(site.guest));
+        match site.flags {
+            Flags::Ax | Flags::Both => {}
+            Flags::Host => state.status = State::status_from(fault.rflags),
+            Flags::Saved => state.status = state.saved_status,
+        }
+        let exception = match fault.trap as u8 {
+            vector::DE => Exception::new(vector::DE),
+            vector::UD => Exception::undefined(),
+            vector::GP => Exception::general_protection(0),
+            vector::MF => Exception::new(vector::MF),
+            vector::XM if state.cr4 & cr4::OSXMMEXCPT == 0 => Exception::undefined(),
+            vector::XM => Exception::new(vector::XM),
+            trap => {
+                let rip = state.rip;
+                return Some(Exit::Fatal(format!(
+                    "host trap {trap} in translated code at guest RIP {rip:#x}: is the host out of memory?"
+                )));
+            }
+        };
+        self.deliver(bus, exception)
+    }
+
+    /// The slow path of an access by translated code: a host pointer to do it at, or
+    /// `None` with `raised` set, or neither when the instruction must run alone.
+    fn slow_access(&mut self, address: u64, what: u32, from: u64) -> Option<*mut u8> {
+        let size = u64::from(what & meta::SIZE);
+        let store = what & meta::STORE != 0;
+        let offset = from.wrapping_sub(self.cache.base()) as u32 - 1;
+        let (number, site) = self.blocks.locate(offset)?;
+        let block = &self.blocks.all[number as usize];
+        let rip = block.key.rip.wrapping_add(u64::from(site.guest));
+        let alone = block.key.mode.single || block.key.second.is_some();
+        let result = self.settle_access(address, size, what, (!alone).then_some(number));
+        self.core.state.commit_length = match result {
+            Ok(Some(Place::Bounced(_))) if store => size,
+            _ => 0,
+        };
+        match result {
+            Ok(Some(Place::Direct(host) | Place::Bounced(host))) => return Some(host),
+            Ok(None) => self.alone = true,
+            Err(mut exception) => {
+                if what & meta::STACK != 0 && exception.vector == vector::GP {
+                    exception.vector = vector::SS;
+                }
+                self.raised = Some(exception);
+            }
+        }
+        self.core.state.rip = rip;
+        None
+    }
+
+    fn settle_access(
+        &mut self,
+        address: u64,
+        size: u64,
+        what: u32,
+        block: Option<u32>,
+    ) -> Result<Option<Place>, Exception> {
+        let store = what & meta::STORE != 0;
+        let kind = if store { Kind::Write } else { Kind::Read };
+        let first = size.min(PAGE_SIZE - address % PAGE_SIZE);
+        let parts = [(address, first), (address.wrapping_add(first), size - first)];
+        let mut direct = None;
+        for &(at, length) in parts.iter().filter(|p| p.1 > 0) {
+            let target = self.core.target(at, kind, Privilege::Current)?;
+            if let Target::Ram(host) = target {
+                direct = Some(host);
+            } else {
+                direct = None;
+            }
+            if store && direct.is_some() {
+                self.core.store_behind_tag(at, length, Privilege::Current)?;
+                if self.writes_itself(block) {
+                    self.core.stale.clear();
+                    return Ok(None);
+                }
+                self.drop_stale();
+            }
+        }
+        if let (Some(host), true) = (direct, first == size) {
+            return Ok(Some(Place::Direct(host)));
+        }
+        let offset = (address % 64) as usize;
+        debug_assert!(offset + size as usize <= BOUNCE_SIZE);
+        if !store || what & meta::LOAD != 0 {
+            let mut data = [0; 512];
+            let data = &mut data[..size as usize];
+            let bus = self.current_bus();
+            self.core.read_linear(bus, address, data, Privilege::Current)?;
+            self.core.state.bounce.0[offset..offset + data.len()].copy_from_slice(data);
+        }
+        self.core.state.commit_address = address;
+        let host = (&raw mut self.core.state.bounce.0[offset]).cast();
+        Ok(Some(Place::Bounced(host)))
+    }
+
+    /// Whether one of the stale ranges is in the running block.
+    fn writes_itself(&self, block: Option<u32>) -> bool {
+        block.is_some_and(|number| {
+            let block = &self.blocks.all[number as usize];
+            self.core.stale.iter().any(|&(address, length)| block.overlaps(address, length))
+        })
+    }
+
+    fn current_bus(&self) -> &'static dyn Bus {
+        let bus = self.bus.expect("slow paths run inside Cpu::run");
+        // SAFETY: `run` holds the borrow that the pointer came from for as long as
+        // translated code, and so its slow paths, can run; the reference does not outlive
+        // the slow path.
+        unsafe { &*bus }
+    }
+
+    fn commit_store(&mut self) {
+        let length = std::mem::take(&mut self.core.state.commit_length) as usize;
+        let address = self.core.state.commit_address;
+        let offset = (address % 64) as usize;
+        let mut data = [0; 512];
+        let data = &mut data[..length];
+        data.copy_from_slice(&self.core.state.bounce.0[offset..offset + length]);
+        let bus = self.current_bus();
+        // the pages were checked before the instruction ran
+        if let Err(exception) = self.core.write_linear(bus, address, data, Privilege::Current) {
+            tracing::warn!(?exception, "a checked store failed");
+        }
+        self.drop_stale();
+    }
+}
+
+/// Where a slow access is done.
+enum Place {
+    Direct(*mut u8),
+    Bounced(*mut u8),
+}
+
+const ARCH_SET_GS: libc::c_int = 0x1001;
+
+/// Called by the slow thunks.
+extern "sysv64" fn access(cpu: *mut Cpu, address: u64, what: u32, from: u64) -> *mut u8 {
+    // SAFETY: `runtime` is the Cpu inside whose `run` translated code executes; `run` does
+    // not touch `self` while it does.
+    let cpu = unsafe { &mut *cpu };
+    cpu.slow_access(address, what, from).unwrap_or(std::ptr::null_mut())
+}
+
+/// Called by the commit thunk.
+extern "sysv64" fn commit(cpu: *mut Cpu) {
+    // SAFETY: as in `access`.
+    unsafe { &mut *cpu }.commit_store();
+}
+
+/// The host's time stamp counter.
+fn host_tsc() -> u64 {
+    // SAFETY: RDTSC is available on every x86-64 CPU.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+/// The extended-state components of x87, SSE and AVX that the host has on.
+fn host_extended_state() -> Result<u32, Error> {
+    if !std::arch::is_x86_feature_detected!("sse4.2") {
+        return Err(Error::HostCpu("SSE4.2 (x86-64-v2)"));
+    }
+    if !std::arch::is_x86_feature_detected!("xsave") {
+        return Err(Error::HostCpu("XSAVE"));
+    }
+    // SAFETY: XSAVE is there and, as the check includes it, enabled by the OS.
+    let xcr0 = unsafe { xgetbv() };
+    Ok((xcr0 & 7) as u32)
+}
+
+#[target_feature(enable = "xsave")]
+fn xgetbv() -> u64 {
+    // SAFETY: XCR0 always exists where XGETBV does.
+    unsafe { std::arch::x86_64::_xgetbv(0) }
+}

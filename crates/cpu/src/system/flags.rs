@@ -1,0 +1,79 @@
+//! CLI, STI, PUSHF, POPF.
+
+use iced_x86::Instruction;
+
+use super::Done;
+use super::memory::stack_operand_size;
+use crate::bus::Bus;
+use crate::exception::Exception;
+use crate::mmu::Core;
+use crate::state::{gpr, rflags};
+
+/// The flags that POPF and IRET may set at any privilege level.
+pub(super) const FREE: u64 = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
+
+/// The flags that POPF and IRET may change now.
+pub(super) fn changeable(core: &Core) -> u64 {
+    let mut mask = FREE;
+    if core.io_allowed_by_iopl() {
+        mask |= rflags::IF;
+    }
+    if core.state.cpl == 0 {
+        mask |= rflags::IOPL;
+    }
+    mask
+}
+
+/// Sets the flags in `mask` from `value`, clears RF, and has interrupts looked for if they
+/// are now enabled.
+pub(super) fn set(core: &mut Core, value: u64, mask: u64) {
+    let old = core.state.rflags();
+    let new = (old & !mask | value & mask) & !rflags::RF;
+    core.state.set_rflags(new);
+    if new & rflags::IF != 0 {
+        core.check_interrupts = true;
+    }
+}
+
+impl Core {
+    /// Whether CPL is at most IOPL.
+    pub(super) fn io_allowed_by_iopl(&self) -> bool {
+        u64::from(self.state.cpl) <= (self.state.system_flags & rflags::IOPL) >> 12
+    }
+}
+
+pub(super) fn cli(core: &mut Core) -> Done {
+    if !core.io_allowed_by_iopl() {
+        return Err(Exception::general_protection(0));
+    }
+    core.state.system_flags &= !rflags::IF;
+    Ok(())
+}
+
+pub(super) fn sti(core: &mut Core) -> Done {
+    if !core.io_allowed_by_iopl() {
+        return Err(Exception::general_protection(0));
+    }
+    if core.state.system_flags & rflags::IF == 0 {
+        core.state.system_flags |= rflags::IF;
+        core.state.interrupt_shadow = true;
+        core.check_interrupts = true;
+    }
+    Ok(())
+}
+
+pub(super) fn pushf(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    let image = core.state.rflags() & !(rflags::VM | rflags::RF);
+    let size = stack_operand_size(instr, 1);
+    core.push_bytes(bus, &image.to_le_bytes()[..size])
+}
+
+pub(super) fn popf(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    let size = stack_operand_size(instr, 1);
+    let value = core.peek(bus, 0, size)?;
+    let width = if size == 2 { 0xffff } else { u64::MAX };
+    core.state.gpr[gpr::RSP] = core.state.gpr[gpr::RSP].wrapping_add(size as u64);
+    let mask = changeable(core) & width;
+    set(core, value, mask);
+    Ok(())
+}

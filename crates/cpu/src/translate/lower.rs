@@ -1,0 +1,803 @@
+//! From decoded guest instructions to host code: the block's frame, memory accesses, stack
+//! operations and branches. Plain instructions are in `plain`.
+//!
+//! Invariants while a block runs: guest registers are in their [`HOME`]s; RSP is the host
+//! stack, 16-byte aligned; GS is the state block. At block boundaries the guest's status
+//! flags are in AX (`LAHF; SETO AL`). [`Flags`] follows where they are in between.
+
+use iced_x86::{Code, ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+
+use super::asm::{Alu, Asm, GUEST_RAX, GUEST_RSP, HOME, RAX, RBP, RBX, RCX, RDX, Reg, T0, T1, cc, slot};
+use super::classify::Class;
+use super::thunks::{Thunks, slow_index, tag_offset};
+use crate::mmu::{AddressSpace, JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TlbEntry, jump_index};
+use crate::state::{rflags, state_offset};
+
+/// Where the guest's status flags are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flags {
+    /// In AX only.
+    Ax,
+    /// In the host's RFLAGS only.
+    Host,
+    /// In both.
+    Both,
+    /// In `saved_status`: only for the site of an instruction that uses host RAX.
+    Saved,
+}
+
+/// What a block was made for. Part of its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Mode {
+    /// Ring 3.
+    pub(crate) user: bool,
+    /// Extended state that CR0, CR4 and XCR0 let the guest use, as `Extended`'s order.
+    pub(crate) extended: u8,
+    /// RDTSC is allowed: ring 0, or CR4.TSD clear.
+    pub(crate) tsc: bool,
+    /// One instruction only, no attention check: single-stepping.
+    pub(crate) single: bool,
+}
+
+/// From here on in the host code, this guest instruction runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Site {
+    pub(crate) host: u32,
+    pub(crate) guest: u16,
+    pub(crate) flags: Flags,
+}
+
+/// A jump out of the block that may be chained to its target.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Exit {
+    /// Offset of the jump's displacement.
+    pub(crate) jump: u32,
+    /// Offset of the stub that it leads to when not chained.
+    pub(crate) stub: u32,
+    /// Guest address it goes to.
+    pub(crate) target: u64,
+}
+
+struct PendingExit {
+    jump: usize,
+    target: u64,
+}
+
+struct Stub {
+    branch: usize,
+    meta: u32,
+    store: bool,
+    body: std::ops::Range<usize>,
+    site: Site,
+    body_flags: Flags,
+}
+
+/// Bits of the word that tells the slow path what an access is.
+pub(crate) mod meta {
+    /// Bytes accessed.
+    pub(crate) const SIZE: u32 = 0xffff;
+    /// A store, or a load and a store.
+    pub(crate) const STORE: u32 = 1 << 16;
+    /// The old contents matter.
+    pub(crate) const LOAD: u32 = 1 << 17;
+    /// The stack segment: #SS instead of #GP.
+    pub(crate) const STACK: u32 = 1 << 18;
+}
+
+/// A finished block.
+pub(crate) struct Lowered {
+    pub(crate) code: Vec<u8>,
+    /// Offset of the entry.
+    pub(crate) entry: u32,
+    pub(crate) sites: Vec<Site>,
+    pub(crate) exits: Vec<Exit>,
+    /// Instructions that it leaves to `system::execute`.
+    pub(crate) systems: Vec<Instruction>,
+}
+
+/// Tools that live longer than one block.
+pub(crate) struct Tools {
+    pub(crate) encoder: Encoder,
+    pub(crate) info: InstructionInfoFactory,
+}
+
+/// One block being lowered.
+pub(crate) struct Lower<'a> {
+    pub(super) asm: Asm,
+    pub(super) flags: Flags,
+    pub(super) tools: &'a mut Tools,
+    thunks: &'a Thunks,
+    mode: Mode,
+    uses_fpu: bool,
+    start: u64,
+    first_system: u32,
+    first_exit: u32,
+    systems: Vec<Instruction>,
+    pub(super) current: u16,
+    stubs: Vec<Stub>,
+    pending: Vec<PendingExit>,
+    sites: Vec<Site>,
+    fpu_check: Option<usize>,
+    entry: usize,
+}
+
+/// The numbers that name a block's parts from outside.
+pub(crate) struct Numbers {
+    /// Of its first system instruction.
+    pub(crate) first_system: u32,
+    /// Of its first exit.
+    pub(crate) first_exit: u32,
+}
+
+/// Bytes of the attention check, which a block may be entered behind.
+pub(crate) const ATTENTION_CHECK: u64 = 11;
+
+impl<'a> Lower<'a> {
+    pub(crate) fn new(
+        tools: &'a mut Tools,
+        thunks: &'a Thunks,
+        base: u64,
+        start: u64,
+        mode: Mode,
+        numbers: &Numbers,
+    ) -> Self {
+        Self {
+            asm: Asm::new(base),
+            flags: Flags::Ax,
+            tools,
+            thunks,
+            mode,
+            uses_fpu: false,
+            start,
+            first_system: numbers.first_system,
+            first_exit: numbers.first_exit,
+            systems: Vec::new(),
+            current: 0,
+            stubs: Vec::new(),
+            pending: Vec::new(),
+            sites: Vec::new(),
+            fpu_check: None,
+            entry: 0,
+        }
+    }
+
+    /// Writes what precedes the first instruction.
+    pub(crate) fn begin(&mut self, uses_fpu: bool) {
+        self.uses_fpu = uses_fpu;
+        self.asm.mov_imm(T0, self.start);
+        self.asm.jmp(self.thunks.attention);
+        while !self.asm.len().is_multiple_of(16) {
+            self.asm.raw(&[0x90]);
+        }
+        self.entry = self.asm.len();
+        // the attention word is the first of the block that GS points at
+        self.asm.test_gs_zero(0);
+        let back = -(self.asm.len() as i64 + 2);
+        self.asm.raw(&[0x75, back as u8]);
+        debug_assert_eq!(self.asm.len() - self.entry, ATTENTION_CHECK as usize);
+        if self.mode.single {
+            // never taken: the block is entered behind it
+            debug_assert!(self.entry >= 16);
+        }
+        if uses_fpu {
+            self.asm.test_gs_zero(state_offset!(fpu_loaded));
+            self.fpu_check = Some(self.asm.jcc_forward(cc::E));
+        }
+    }
+
+    /// Lowers one instruction. Returns true when it ends the block.
+    pub(crate) fn instruction(&mut self, instruction: &Instruction, class: Class) -> bool {
+        self.current = (instruction.ip() - self.start) as u16;
+        self.site(self.flags);
+        match class {
+            Class::Plain => !self.plain(instruction) && self.system(instruction),
+            Class::Nop => false,
+            Class::Stack => !self.stack(instruction) && self.system(instruction),
+            Class::Branch => {
+                self.branch(instruction);
+                true
+            }
+            Class::Special => !self.special(instruction) && self.system(instruction),
+            Class::System => self.system(instruction),
+        }
+    }
+
+    pub(super) fn site(&mut self, flags: Flags) {
+        let host = self.asm.len() as u32;
+        self.sites.push(Site { host, guest: self.current, flags });
+    }
+
+    fn system(&mut self, instruction: &Instruction) -> bool {
+        self.flags_into_ax();
+        self.asm.mov_imm(T0, instruction.ip());
+        self.asm.mov_imm(T1, u64::from(self.first_system) + self.systems.len() as u64);
+        self.systems.push(*instruction);
+        self.asm.jmp(self.thunks.system);
+        true
+    }
+
+    /// Ends the block by going on at `target`.
+    pub(crate) fn fall_through(&mut self, target: u64) {
+        self.flags_into_ax();
+        let jump = self.asm.jmp_forward();
+        self.pending.push(PendingExit { jump, target });
+    }
+
+    /// Makes AX hold the flags, so that the host's may be clobbered.
+    pub(super) fn flags_into_ax(&mut self) {
+        if self.flags == Flags::Host {
+            self.asm.flags_to_ax();
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// As `flags_into_ax`, and the host's are about to be clobbered.
+    pub(super) fn release_host_flags(&mut self) {
+        self.flags_into_ax();
+        self.flags = Flags::Ax;
+    }
+
+    /// Makes the host's RFLAGS hold the flags.
+    pub(super) fn flags_into_host(&mut self) {
+        if self.flags == Flags::Ax {
+            self.asm.flags_from_ax();
+            self.flags = Flags::Both;
+        }
+    }
+
+    /// The host register with a guest register's value, loading a spilled one into `temp`.
+    pub(super) fn register(&mut self, guest: usize, temp: Reg) -> Reg {
+        HOME[guest].unwrap_or_else(|| {
+            self.asm.load_gs(temp, slot(guest));
+            temp
+        })
+    }
+
+    /// Stores `from` as the guest register's new 64-bit value.
+    pub(super) fn set_register(&mut self, guest: usize, from: Reg) {
+        match HOME[guest] {
+            Some(home) => self.asm.mov(home, from),
+            None => self.asm.store_gs(slot(guest), from),
+        }
+    }
+
+    /// The linear address of the memory operand into T0. The host's flags must be free.
+    pub(super) fn address(&mut self, instruction: &Instruction, extra: i32) {
+        self.effective_address(instruction, extra);
+        match instruction.memory_segment() {
+            Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
+            Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
+            _ => {}
+        }
+    }
+
+    /// The effective address into T0; flags stay.
+    fn effective_address(&mut self, instruction: &Instruction, extra: i32) {
+        let base = instruction.memory_base();
+        let index = instruction.memory_index();
+        let displacement = instruction.memory_displacement64();
+        if base == Register::RIP || base == Register::EIP {
+            self.asm.mov_imm(T0, displacement);
+            return;
+        }
+        if base == Register::None && index == Register::None {
+            let narrow = instruction.memory_displ_size() == 4;
+            self.asm.mov_imm(T0, if narrow { displacement & 0xffff_ffff } else { displacement });
+            return;
+        }
+        let narrow = base.size() == 4 || index.size() == 4;
+        let host_base = (base != Register::None)
+            .then(|| self.register(base.full_register().number(), T0));
+        let host_index = (index != Register::None).then(|| {
+            let reg = self.register(index.full_register().number(), T1);
+            (reg, instruction.memory_index_scale() as u8)
+        });
+        let disp = displacement as i32;
+        let total = disp.wrapping_add(extra);
+        self.asm.lea(T0, host_base, host_index, total, narrow);
+    }
+
+    /// Whether a fault of the memory operand's address is the stack segment's.
+    pub(super) fn stack_segment(instruction: &Instruction) -> bool {
+        instruction.memory_segment() == Register::SS
+    }
+
+    /// An access of `size` bytes at the linear address in T0. `body` is written twice: in
+    /// place, and in the slow path; T0 is then a host pointer and T1 is free.
+    pub(super) fn access(&mut self, size: u32, what: u32, body: impl FnOnce(&mut Self) -> Flags) {
+        debug_assert!(self.flags == Flags::Ax);
+        let store = what & meta::STORE != 0;
+        let user = self.mode.user;
+        let start_site = Site { host: 0, guest: self.current, flags: Flags::Ax };
+        let entry = size_of::<TlbEntry>();
+        let a = &mut self.asm;
+        a.mov(T1, T0);
+        a.shift(5, T1, 12 - entry.trailing_zeros() as u8);
+        a.and32(T1, ((TLB_ENTRIES - 1) * entry) as u32);
+        a.alu_gs(Alu::Add, T1, state_offset!(space));
+        let tag = tag_offset(user, store);
+        a.alu_mem(Alu::Xor, T0, T1, tag);
+        a.alu_imm(Alu::Cmp, T0, 4096 - size as i32);
+        let branch = a.jcc_forward(cc::A);
+        let host = tag_offset(user, false) - std::mem::offset_of!(TlbEntry, read) as i32
+            + std::mem::offset_of!(TlbEntry, host) as i32;
+        a.alu_mem(Alu::Add, T0, T1, host);
+        let start = self.asm.len();
+        let body_flags = body(self);
+        let site = Site { host: start as u32, guest: self.current, flags: body_flags };
+        // the body's own instructions come before whatever follows it
+        let position = self.sites.partition_point(|s| s.host <= start as u32);
+        self.sites.insert(position, site);
+        let body = start..self.asm.len();
+        self.stubs.push(Stub { branch, meta: size | what, store, body, site: start_site, body_flags });
+    }
+
+    fn stack(&mut self, instruction: &Instruction) -> bool {
+        match instruction.mnemonic() {
+            Mnemonic::Push => self.push(instruction),
+            Mnemonic::Pop => self.pop(instruction),
+            Mnemonic::Leave if instruction.code() == Code::Leaveq => {
+                self.release_host_flags();
+                self.asm.mov(T0, RBP);
+                self.access(8, meta::STACK, |s| {
+                    s.asm.load(T1, T0, 0);
+                    Flags::Ax
+                });
+                self.asm.lea(GUEST_RSP, Some(RBP), None, 8, false);
+                self.asm.mov(RBP, T1);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn push(&mut self, instruction: &Instruction) -> bool {
+        let size = instruction.stack_pointer_increment().unsigned_abs();
+        self.release_host_flags();
+        let memory = instruction.op0_kind() == OpKind::Memory;
+        if memory {
+            self.address(instruction, 0);
+            let what = if Self::stack_segment(instruction) { meta::STACK } else { 0 };
+            self.access(size, what, |s| {
+                s.asm.load_sized(T1, T0, size);
+                s.asm.store_gs(state_offset!(temp) + 8, T1);
+                Flags::Ax
+            });
+        }
+        let immediate = match instruction.op0_kind() {
+            OpKind::Register | OpKind::Memory => None,
+            _ => Some(instruction.immediate(0) as i64 as i32),
+        };
+        let register = (instruction.op0_kind() == OpKind::Register)
+            .then(|| instruction.op0_register().full_register().number());
+        self.asm.lea(T0, Some(GUEST_RSP), None, -(size as i32), false);
+        self.access(size, meta::STORE | meta::STACK, |s| {
+            match (immediate, register) {
+                (Some(value), _) => s.asm.store_imm_sized(T0, value, size),
+                (_, Some(guest)) => {
+                    let from = s.register(guest, T1);
+                    s.asm.store_sized(T0, from, size);
+                }
+                _ => {
+                    s.asm.load_gs(T1, state_offset!(temp) + 8);
+                    s.asm.store_sized(T0, T1, size);
+                }
+            }
+            Flags::Ax
+        });
+        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, -(size as i32), false);
+        true
+    }
+
+    fn pop(&mut self, instruction: &Instruction) -> bool {
+        let size = instruction.stack_pointer_increment().unsigned_abs();
+        self.release_host_flags();
+        self.asm.mov(T0, GUEST_RSP);
+        if instruction.op0_kind() == OpKind::Memory {
+            self.access(size, meta::STACK, |s| {
+                s.asm.load_sized(T1, T0, size);
+                s.asm.store_gs(state_offset!(temp) + 8, T1);
+                Flags::Ax
+            });
+            let on_rsp = instruction.memory_base() == Register::RSP;
+            self.address(instruction, if on_rsp { size as i32 } else { 0 });
+            let what = if Self::stack_segment(instruction) { meta::STACK } else { 0 };
+            self.access(size, meta::STORE | what, |s| {
+                s.asm.load_gs(T1, state_offset!(temp) + 8);
+                s.asm.store_sized(T0, T1, size);
+                Flags::Ax
+            });
+            self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
+            return true;
+        }
+        let guest = instruction.op0_register().full_register().number();
+        self.access(size, meta::STACK, |s| {
+            if size == 2 {
+                let old = s.register(guest, T1);
+                s.asm.mov(T1, old);
+            }
+            s.asm.load_sized(T1, T0, size);
+            Flags::Ax
+        });
+        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
+        if size == 2 && guest == 4 {
+            // POP SP keeps the upper bits of the incremented RSP
+            self.asm.raw(&[0x66, 0x45, 0x89, 0xdf]); // mov r15w, r11w
+        } else {
+            self.set_register(guest, T1);
+        }
+        true
+    }
+
+    fn special(&mut self, instruction: &Instruction) -> bool {
+        match instruction.mnemonic() {
+            Mnemonic::Lea => self.lea(instruction),
+            Mnemonic::Xlatb => {
+                self.release_host_flags();
+                self.asm.raw(&[0x45, 0x0f, 0xb6, 0xd9]); // movzx r11d, r9b
+                let narrow = instruction.memory_base() == Register::EBX;
+                self.asm.lea(T0, Some(RBX), Some((T1, 1)), 0, narrow);
+                match instruction.memory_segment() {
+                    Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
+                    Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
+                    _ => {}
+                }
+                self.access(1, 0, |s| {
+                    s.asm.raw(&[0x45, 0x8a, 0x0a]); // mov r9b, [r10]
+                    Flags::Ax
+                });
+                true
+            }
+            Mnemonic::Cli if !self.mode.user => {
+                self.system_flags(Alu::And, !(rflags::IF as i32));
+                true
+            }
+            Mnemonic::Sti if !self.mode.user && !self.mode.single => self.sti(instruction),
+            Mnemonic::Swapgs if !self.mode.user => {
+                self.asm.load_gs(T0, state_offset!(gs_base));
+                self.asm.load_gs(T1, state_offset!(kernel_gs_base));
+                self.asm.store_gs(state_offset!(gs_base), T1);
+                self.asm.store_gs(state_offset!(kernel_gs_base), T0);
+                true
+            }
+            Mnemonic::Rdtsc | Mnemonic::Rdtscp if self.mode.tsc => {
+                self.rdtsc(instruction.mnemonic() == Mnemonic::Rdtscp);
+                true
+            }
+            Mnemonic::Pushfq => {
+                self.pushfq();
+                true
+            }
+            Mnemonic::Cld => {
+                self.system_flags(Alu::And, !(rflags::DF as i32));
+                true
+            }
+            Mnemonic::Std => {
+                self.system_flags(Alu::Or, rflags::DF as i32);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// STI with its shadow: the block goes on with the next instruction, and attention is
+    /// only looked at where blocks begin. Interrupts that were held back while IF was
+    /// clear take the long way.
+    fn sti(&mut self, instruction: &Instruction) -> bool {
+        self.release_host_flags();
+        self.asm.test_gs_zero(state_offset!(interrupts_held));
+        let go_on = self.asm.jcc_forward(cc::E);
+        self.system(instruction);
+        self.asm.aim(go_on);
+        self.asm.alu_gs_imm(Alu::Or, state_offset!(system_flags), rflags::IF as i32);
+        true
+    }
+
+    fn rdtsc(&mut self, with_aux: bool) {
+        self.release_host_flags();
+        self.asm.mov(T1, RAX);
+        if with_aux {
+            self.asm.raw(&[0x0f, 0x01, 0xf9]); // rdtscp
+            self.asm.load_gs(RCX, state_offset!(msrs.tsc_aux));
+        } else {
+            self.asm.raw(&[0x0f, 0x31]); // rdtsc
+        }
+        self.asm.shift(4, RDX, 32);
+        self.asm.raw(&[0x48, 0x09, 0xd0]); // or rax, rdx
+        self.asm.alu_gs(Alu::Add, RAX, state_offset!(tsc_offset));
+        self.asm.raw(&[0x41, 0x89, 0xc1]); // mov r9d, eax
+        self.asm.mov(RDX, RAX);
+        self.asm.shift(5, RDX, 32);
+        self.asm.mov(RAX, T1);
+    }
+
+    /// PUSHFQ: RFLAGS put together from AX and the system flags, less RF and VM.
+    fn pushfq(&mut self) {
+        self.release_host_flags();
+        self.asm.mov(T1, RAX);
+        self.asm.shift(5, T1, 8);
+        self.asm.and32(T1, 0xd5);
+        self.asm.raw(&[0x44, 0x0f, 0xb6, 0xd0]); // movzx r10d, al
+        self.asm.shift(4, T0, 11);
+        self.asm.raw(&[0x4d, 0x09, 0xd3]); // or r11, r10
+        self.asm.load_gs(T0, state_offset!(system_flags));
+        self.asm.alu_imm(Alu::And, T0, !((rflags::RF | rflags::VM) as i32));
+        self.asm.raw(&[0x4d, 0x09, 0xd3]); // or r11, r10
+        self.asm.store_gs(state_offset!(temp) + 8, T1);
+        self.asm.lea(T0, Some(GUEST_RSP), None, -8, false);
+        self.access(8, meta::STORE | meta::STACK, |s| {
+            s.asm.load_gs(T1, state_offset!(temp) + 8);
+            s.asm.store_sized(T0, T1, 8);
+            Flags::Ax
+        });
+        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, -8, false);
+    }
+
+    fn system_flags(&mut self, op: Alu, mask: i32) {
+        self.release_host_flags();
+        self.asm.alu_gs_imm(op, state_offset!(system_flags), mask);
+    }
+
+    fn lea(&mut self, instruction: &Instruction) -> bool {
+        if instruction.op1_kind() != OpKind::Memory {
+            return false;
+        }
+        self.effective_address(instruction, 0);
+        let to = instruction.op0_register();
+        let guest = to.full_register().number();
+        match to.size() {
+            8 => self.set_register(guest, T0),
+            4 => {
+                self.asm.raw(&[0x45, 0x89, 0xd2]); // mov r10d, r10d
+                self.set_register(guest, T0);
+            }
+            _ => match HOME[guest] {
+                Some(home) => {
+                    // mov home16, r10w
+                    self.asm.raw(&[0x66, 0x44 | home.0 >> 3, 0x89, 0xd0 | home.0 & 7]);
+                }
+                None => {
+                    // mov word gs:[slot], r10w
+                    self.asm.raw(&[0x65, 0x66, 0x44, 0x89, 0x14, 0x25]);
+                    let disp = slot(guest);
+                    self.asm.raw(&disp.to_le_bytes());
+                }
+            },
+        }
+        true
+    }
+
+    fn branch(&mut self, instruction: &Instruction) {
+        let mnemonic = instruction.mnemonic();
+        if instruction.is_jcc_short_or_near() {
+            self.flags_into_ax();
+            self.flags_into_host();
+            let condition = condition_number(instruction.condition_code());
+            let jump = self.asm.jcc_forward(condition);
+            self.pending.push(PendingExit { jump, target: instruction.near_branch_target() });
+            self.fall_through(instruction.next_ip());
+        } else if instruction.is_jcx_short() || instruction.is_loop() || instruction.is_loopcc() {
+            self.count_branch(instruction);
+        } else if instruction.is_jmp_short_or_near() {
+            self.fall_through(instruction.near_branch_target());
+        } else if instruction.is_call_near() {
+            self.push_return(instruction);
+            self.fall_through(instruction.near_branch_target());
+        } else if mnemonic == Mnemonic::Ret {
+            self.release_host_flags();
+            self.asm.mov(T0, GUEST_RSP);
+            self.access(8, meta::STACK, |s| {
+                s.asm.load(T0, T0, 0);
+                Flags::Ax
+            });
+            let drop = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
+            self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, 8 + drop, false);
+            self.jump_to_t0();
+        } else {
+            self.indirect_branch(instruction);
+        }
+    }
+
+    fn indirect_branch(&mut self, instruction: &Instruction) {
+        self.release_host_flags();
+        let target = state_offset!(temp) + 8;
+        if instruction.op0_kind() == OpKind::Memory {
+            self.address(instruction, 0);
+            let what = if Self::stack_segment(instruction) { meta::STACK } else { 0 };
+            self.access(8, what, |s| {
+                s.asm.load(T1, T0, 0);
+                s.asm.store_gs(target, T1);
+                Flags::Ax
+            });
+        } else {
+            let guest = instruction.op0_register().full_register().number();
+            let from = self.register(guest, T0);
+            self.asm.store_gs(target, from);
+        }
+        if instruction.mnemonic() == Mnemonic::Call {
+            self.push_return(instruction);
+        }
+        self.asm.load_gs(T0, target);
+        self.jump_to_t0();
+    }
+
+    fn push_return(&mut self, instruction: &Instruction) {
+        self.release_host_flags();
+        let next = instruction.next_ip();
+        self.asm.lea(T0, Some(GUEST_RSP), None, -8, false);
+        self.access(8, meta::STORE | meta::STACK, |s| {
+            if let Ok(short) = i32::try_from(next as i64) {
+                s.asm.store_imm_sized(T0, short, 8);
+            } else {
+                s.asm.mov_imm(T1, next);
+                s.asm.store_sized(T0, T1, 8);
+            }
+            Flags::Ax
+        });
+        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, -8, false);
+    }
+
+    /// JRCXZ, LOOP and their kin: no flags are changed.
+    fn count_branch(&mut self, instruction: &Instruction) {
+        let narrow = matches!(
+            instruction.code(),
+            Code::Jecxz_rel8_64
+                | Code::Loop_rel8_64_ECX
+                | Code::Loope_rel8_64_ECX
+                | Code::Loopne_rel8_64_ECX
+        );
+        self.flags_into_ax();
+        let prefix: &[u8] = if narrow { &[0x67] } else { &[] };
+        let jump_if_zero = |asm: &mut Asm, over: u8| {
+            asm.raw(prefix);
+            asm.raw(&[0xe3, over]);
+        };
+        let taken = instruction.near_branch_target();
+        let next = instruction.next_ip();
+        if instruction.is_jcx_short() {
+            jump_if_zero(&mut self.asm, 5);
+            self.fall_through(next);
+            self.fall_through(taken);
+            return;
+        }
+        self.asm.lea(RCX, Some(RCX), None, -1, narrow);
+        if instruction.is_loop() {
+            jump_if_zero(&mut self.asm, 5);
+            self.fall_through(taken);
+            self.fall_through(next);
+            return;
+        }
+        self.flags_into_host();
+        let equal = matches!(
+            instruction.code(),
+            Code::Loope_rel8_64_ECX | Code::Loope_rel8_64_RCX
+        );
+        jump_if_zero(&mut self.asm, 6);
+        let jump = self.asm.jcc_forward(if equal { cc::E } else { cc::NE });
+        self.pending.push(PendingExit { jump, target: taken });
+        self.fall_through(next);
+    }
+
+    /// Goes to the guest address in T0 through the jump cache.
+    fn jump_to_t0(&mut self) {
+        debug_assert!(self.flags != Flags::Host);
+        let a = &mut self.asm;
+        a.mov(T1, T0);
+        a.shift(5, T1, 12);
+        a.raw(&[0x45, 0x31, 0xd3]); // xor r11d, r10d
+        a.and32(T1, (JUMP_ENTRIES - 1) as u32);
+        a.shift(4, T1, size_of::<JumpEntry>().trailing_zeros() as u8);
+        a.alu_gs(Alu::Add, T1, state_offset!(space));
+        let entry = jumps_offset(self.mode.user);
+        a.alu_mem(Alu::Cmp, T0, T1, entry);
+        a.jcc(cc::NE, self.thunks.lookup);
+        a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
+    }
+
+    /// Writes the out-of-line parts.
+    pub(crate) fn finish(mut self) -> Lowered {
+        if let Some(check) = self.fpu_check.take() {
+            self.asm.aim(check);
+            self.asm.call(self.thunks.fpu_load);
+            let back = self.asm.base + check as u64 + 4;
+            self.asm.jmp(back);
+        }
+        for stub in std::mem::take(&mut self.stubs) {
+            self.slow_path(&stub);
+        }
+        let mut exits = Vec::new();
+        for PendingExit { jump, target } in std::mem::take(&mut self.pending) {
+            self.asm.aim(jump);
+            let stub = self.asm.len() as u32;
+            if target >> 12 == self.start >> 12 && !self.mode.single {
+                self.asm.mov_imm(T0, target);
+                self.asm.mov_imm(T1, u64::from(self.first_exit) + exits.len() as u64);
+                self.asm.jmp(self.thunks.link);
+                exits.push(Exit { jump: jump as u32, stub, target });
+            } else {
+                self.far_exit(target);
+            }
+        }
+        Lowered {
+            code: self.asm.bytes,
+            entry: self.entry as u32,
+            sites: self.sites,
+            exits,
+            systems: self.systems,
+        }
+    }
+
+    /// To another page, whose mapping may change: through the jump cache.
+    fn far_exit(&mut self, target: u64) {
+        let entry = jumps_offset(self.mode.user) + (jump_index(target) * size_of::<JumpEntry>()) as i32;
+        let a = &mut self.asm;
+        a.mov_imm(T0, target);
+        if self.mode.single {
+            a.jmp(self.thunks.lookup);
+            return;
+        }
+        a.load_gs(T1, state_offset!(space));
+        a.alu_mem(Alu::Cmp, T0, T1, entry);
+        a.jcc(cc::NE, self.thunks.lookup);
+        a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
+    }
+
+    fn slow_path(&mut self, stub: &Stub) {
+        self.asm.aim(stub.branch);
+        let here = self.asm.len() as u32;
+        self.sites.push(Site { host: here, ..stub.site });
+        self.asm.push_imm(stub.meta);
+        self.asm.call(self.thunks.slow[slow_index(self.mode.user, stub.store, self.uses_fpu)]);
+        let here = self.asm.len() as u32;
+        self.sites.push(Site { host: here, flags: stub.body_flags, ..stub.site });
+        self.asm.bytes.extend_from_within(stub.body.clone());
+        if stub.store {
+            self.asm.call(self.thunks.commit);
+        }
+        let back = self.asm.base + stub.body.end as u64;
+        self.asm.jmp(back);
+    }
+
+    /// Puts guest RAX into host RAX, noting where the flags that were there went.
+    pub(super) fn borrow_rax(&mut self) -> bool {
+        let saved = self.flags == Flags::Ax;
+        if saved {
+            self.asm.store_gs(state_offset!(saved_status), RAX);
+        } else {
+            self.flags = Flags::Host;
+        }
+        saved
+    }
+
+    pub(super) fn load_guest_rax(&mut self) {
+        self.asm.mov(RAX, GUEST_RAX);
+    }
+}
+
+fn jumps_offset(user: bool) -> i32 {
+    let table = if user { size_of::<[JumpEntry; JUMP_ENTRIES]>() } else { 0 };
+    (std::mem::offset_of!(AddressSpace, jumps) + table) as i32
+}
+
+/// The number of a condition in opcodes (Intel SDM vol. 2 appendix B).
+fn condition_number(condition: ConditionCode) -> u8 {
+    use ConditionCode as C;
+    match condition {
+        C::o => 0,
+        C::no => 1,
+        C::b => 2,
+        C::ae => 3,
+        C::e => 4,
+        C::ne => 5,
+        C::be => 6,
+        C::a => 7,
+        C::s => 8,
+        C::ns => 9,
+        C::p => 10,
+        C::np => 11,
+        C::l => 12,
+        C::ge => 13,
+        C::le => 14,
+        C::g | C::None => 15,
+    }
+}

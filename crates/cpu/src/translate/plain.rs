@@ -1,0 +1,326 @@
+//! Plain instructions: the guest's own opcode with its registers and memory operand
+//! replaced. Semantics, results and flags are the host CPU's.
+
+use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+use super::asm::{HOME, RAX, Reg, T0, T1, slot};
+use super::generic::modrm_form;
+use super::lower::{Flags, Lower, meta};
+use crate::state::{rflags, state_offset};
+
+/// iced's bits for the six status flags.
+const STATUS: u32 = iced_x86::RflagsBits::OF
+    | iced_x86::RflagsBits::SF
+    | iced_x86::RflagsBits::ZF
+    | iced_x86::RflagsBits::AF
+    | iced_x86::RflagsBits::CF
+    | iced_x86::RflagsBits::PF;
+
+/// How an instruction deals with the status flags.
+struct FlagUse {
+    /// The host's RFLAGS must hold the guest's before it.
+    needs: bool,
+    /// It changes them.
+    writes: bool,
+}
+
+fn flag_use(i: &Instruction) -> FlagUse {
+    let changed = i.rflags_modified() & STATUS;
+    // a count of zero leaves all flags, and only the CPU knows the count
+    let shift = matches!(
+        i.mnemonic(),
+        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Rol
+            | Mnemonic::Ror | Mnemonic::Rcl | Mnemonic::Rcr | Mnemonic::Shld | Mnemonic::Shrd
+    );
+    let writes = changed != 0 || shift;
+    // what is undefined may keep the old value on some CPUs
+    let keeps = writes && (changed & !i.rflags_undefined() != STATUS || shift);
+    FlagUse { needs: i.rflags_read() & STATUS != 0 || keeps, writes }
+}
+
+/// Instructions whose accumulator operand is not written in the instruction.
+fn implicit_rax(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    match i.mnemonic() {
+        M::Mul | M::Div | M::Idiv | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo
+        | M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b | M::Lahf | M::Sahf
+        | M::Pcmpestri | M::Pcmpestrm | M::Pcmpestri64 | M::Pcmpestrm64
+        | M::Vpcmpestri | M::Vpcmpestrm | M::Vpcmpestri64 | M::Vpcmpestrm64 => true,
+        M::Imul => i.op_count() == 1,
+        M::Fnstsw | M::Fstsw => i.op0_kind() == OpKind::Register,
+        _ => false,
+    }
+}
+
+fn is_high_byte(register: Register) -> bool {
+    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
+}
+
+/// iced's name for part of host register `reg`, `size` bytes wide.
+fn sized(reg: Reg, size: usize) -> Register {
+    let n = u32::from(reg.0);
+    match size {
+        8 => Register::RAX + n,
+        4 => Register::EAX + n,
+        2 => Register::AX + n,
+        _ if n < 4 => Register::AL + n,
+        _ => Register::SPL + (n - 4),
+    }
+}
+
+fn writes(access: OpAccess) -> bool {
+    matches!(
+        access,
+        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+    )
+}
+
+/// Where the operands of one instruction are on the host.
+struct Plan {
+    instruction: Instruction,
+    /// Guest RAX goes to host RAX and is operated on there.
+    rax: bool,
+    /// RAX is written, so it goes back home.
+    rax_written: bool,
+    /// Spilled guest registers and the temporaries that stand for them.
+    spilled: [Option<(usize, Reg, bool)>; 3],
+    /// The one high-byte operand beside a memory operand: its guest register, and whether
+    /// it is written.
+    high: Option<(usize, bool)>,
+    /// Host RAX is used at all.
+    uses_rax: bool,
+}
+
+impl Lower<'_> {
+    /// Lowers a plain instruction; false if it has to be emulated after all.
+    pub(super) fn plain(&mut self, original: &Instruction) -> bool {
+        let mut instruction = *original;
+        modrm_form(&mut instruction);
+        instruction.set_has_rep_prefix(false);
+        instruction.set_has_repne_prefix(false);
+        let memory = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
+        let Some(memory) = memory else {
+            let Some(plan) = self.plan(&instruction, false) else { return false };
+            self.body(&plan);
+            return true;
+        };
+        let access = self.tools.info.info(&instruction).op_access(memory);
+        let what = match access {
+            OpAccess::Read | OpAccess::CondRead => 0,
+            OpAccess::Write => meta::STORE,
+            OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => meta::STORE | meta::LOAD,
+            OpAccess::NoMemAccess | OpAccess::None => return false,
+        };
+        let what = what | if Self::stack_segment(&instruction) { meta::STACK } else { 0 };
+        let size = instruction.memory_size().size() as u32;
+        if size == 0 || size > 512 {
+            return false;
+        }
+        let bit_test = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        ) && instruction.op1_kind() == OpKind::Register;
+        self.release_host_flags();
+        if bit_test {
+            self.bit_test(&instruction, size, what);
+            return true;
+        }
+        let mut replaced = instruction;
+        point_at_t0(&mut replaced);
+        let Some(plan) = self.plan(&replaced, true) else { return false };
+        self.address(&instruction, 0);
+        self.access(size, what, |s| s.body(&plan));
+        true
+    }
+
+    /// BT and its kin with a bit offset in a register, which reaches beyond the operand.
+    fn bit_test(&mut self, instruction: &Instruction, size: u32, what: u32) {
+        let guest = instruction.op1_register().full_register().number();
+        let bits = size * 8;
+        self.address(instruction, 0);
+        let from = self.register(guest, T1);
+        match size {
+            8 => self.asm.mov(T1, from),
+            // movsxd r11, from32
+            4 => self.asm.raw(&[0x4c | from.0 >> 3, 0x63, 0xd8 | from.0 & 7]),
+            // movsx r11, from16
+            _ => self.asm.raw(&[0x4c | from.0 >> 3, 0x0f, 0xbf, 0xd8 | from.0 & 7]),
+        }
+        self.asm.shift(7, T1, bits.trailing_zeros() as u8);
+        self.asm.lea(T0, Some(T0), Some((T1, size as u8)), 0, false);
+        let mut replaced = *instruction;
+        point_at_t0(&mut replaced);
+        replaced.set_op1_register(sized(T1, size as usize));
+        self.access(size, what, |s| {
+            let from = s.register(guest, T1);
+            s.asm.mov(T1, from);
+            s.asm.and32(T1, bits - 1);
+            s.flags_into_host();
+            s.encode(&replaced);
+            let at = s.flags;
+            s.flags = Flags::Host;
+            at
+        });
+    }
+
+    fn plan(&mut self, instruction: &Instruction, memory: bool) -> Option<Plan> {
+        let mut plan = Plan {
+            instruction: *instruction,
+            rax: implicit_rax(instruction),
+            rax_written: false,
+            spilled: [None; 3],
+            high: None,
+            uses_rax: false,
+        };
+        let mut high_byte = false;
+        {
+            let info = self.tools.info.info(instruction);
+            plan.rax_written = info
+                .used_registers()
+                .iter()
+                .any(|u| u.register().full_register() == Register::RAX && writes(u.access()));
+            for i in 0..instruction.op_count() {
+                if instruction.op_kind(i) != OpKind::Register {
+                    continue;
+                }
+                let register = instruction.op_register(i);
+                if !is_high_byte(register) {
+                    continue;
+                }
+                high_byte = true;
+                if memory {
+                    let guest = register.full_register().number();
+                    plan.high = Some((guest, writes(info.op_access(i))));
+                }
+            }
+        }
+        if high_byte && memory && plan.rax {
+            return None;
+        }
+        if high_byte && !memory {
+            // no REX prefix is possible: all operands are operated on in RAX to RDI
+            plan.rax = true;
+        }
+        let free: &[Reg] = match (memory, plan.rax || plan.high.is_some()) {
+            (true, true) => &[T1],
+            (true, false) => &[T1, RAX],
+            (false, true) => &[T0, T1],
+            (false, false) => &[T0, T1, RAX],
+        };
+        plan.uses_rax = plan.rax || plan.high.is_some();
+        self.assign(&mut plan, free)?;
+        Some(plan)
+    }
+
+    /// Replaces the register operands of `plan.instruction`.
+    fn assign(&mut self, plan: &mut Plan, free: &[Reg]) -> Option<()> {
+        let original = plan.instruction;
+        let mut used = 0;
+        for i in 0..original.op_count() {
+            if original.op_kind(i) != OpKind::Register {
+                continue;
+            }
+            let register = original.op_register(i);
+            if !register.is_gpr() {
+                continue;
+            }
+            let guest = register.full_register().number();
+            let access = self.tools.info.info(&original).op_access(i);
+            let host = if is_high_byte(register) && plan.high.is_some() {
+                plan.instruction.set_op_register(i, Register::AL);
+                continue;
+            } else if plan.rax && guest == 0 {
+                RAX
+            } else if let Some(home) = HOME[guest] {
+                home
+            } else if let Some((_, temp, written)) =
+                plan.spilled.iter_mut().flatten().find(|s| s.0 == guest)
+            {
+                *written |= writes(access);
+                *temp
+            } else {
+                let temp = *free.get(used)?;
+                plan.spilled[used] = Some((guest, temp, writes(access)));
+                plan.uses_rax |= temp == RAX;
+                used += 1;
+                temp
+            };
+            if is_high_byte(register) {
+                // RAX, RCX, RDX and RBX hold their own here
+                continue;
+            }
+            plan.instruction.set_op_register(i, sized(host, register.size()));
+        }
+        Some(())
+    }
+
+    /// Emits the instruction itself, its memory operand already at T0. Returns where the
+    /// flags are while it executes.
+    fn body(&mut self, plan: &Plan) -> Flags {
+        let flags = flag_use(&plan.instruction);
+        if flags.needs {
+            self.flags_into_host();
+        }
+        let saved = plan.uses_rax && self.borrow_rax();
+        if plan.rax {
+            self.load_guest_rax();
+        }
+        if let Some((guest, _)) = plan.high {
+            self.asm.mov(RAX, HOME[guest].unwrap_or(RAX));
+            self.asm.swap_al_ah();
+        }
+        for &(guest, temp, _) in plan.spilled.iter().flatten() {
+            self.asm.load_gs(temp, slot(guest));
+        }
+        let at = if saved { Flags::Saved } else { self.flags };
+        if plan.instruction.memory_base() == Register::None {
+            self.site(at);
+        }
+        self.encode(&plan.instruction);
+        for &(guest, temp, written) in plan.spilled.iter().flatten() {
+            if written {
+                self.asm.store_gs(slot(guest), temp);
+            }
+        }
+        if let Some((guest, true)) = plan.high {
+            self.asm.swap_al_ah();
+            self.set_register(guest, RAX);
+        }
+        if plan.rax && plan.rax_written {
+            self.set_register(0, RAX);
+        }
+        if flags.writes {
+            self.flags = Flags::Host;
+        } else if saved {
+            self.asm.load_gs(RAX, state_offset!(saved_status));
+            self.flags = Flags::Ax;
+        }
+        at
+    }
+
+    /// Appends `instruction` as iced encodes it.
+    fn encode(&mut self, instruction: &Instruction) {
+        let buffer = std::mem::take(&mut self.asm.bytes);
+        let length = buffer.len();
+        self.tools.encoder.set_buffer(buffer);
+        let result = self.tools.encoder.encode(instruction, 0);
+        self.asm.bytes = self.tools.encoder.take_buffer();
+        if let Err(error) = result {
+            tracing::warn!(%error, code = ?instruction.code(), "an instruction cannot be re-encoded");
+            self.asm.bytes.truncate(length);
+            self.asm.raw(&[0x0f, 0x0b]); // ud2
+        }
+    }
+}
+
+/// Makes `[T0]` the memory operand.
+fn point_at_t0(instruction: &mut Instruction) {
+    instruction.set_memory_base(Register::R10);
+    instruction.set_memory_index(Register::None);
+    instruction.set_memory_index_scale(1);
+    instruction.set_memory_displacement64(0);
+    instruction.set_memory_displ_size(0);
+    instruction.set_segment_prefix(Register::None);
+}
+
+const _: () = assert!(T0.0 == 10 && rflags::CF == 1);

@@ -1,0 +1,280 @@
+//! The fixed pieces of code at the start of the cache: the way in, the ways out, the slow
+//! path of memory accesses, and the loading of extended state.
+//!
+//! Called by translated code only. Stack discipline: translated code runs with RSP 16-byte
+//! aligned; thunks keep it so around calls into Rust.
+
+use super::asm::{Alu, Asm, GUEST_RAX, HOME, RAX, RCX, RDI, RDX, RBX, RBP, RSI, RSP, Reg, T0, T1, cc, slot};
+use crate::mmu::{AddressSpace, TlbEntry};
+use crate::state::state_offset;
+
+/// Why translated code came back. The values are what the exit thunks put in EAX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Leave {
+    /// `rip` has no block in the jump cache.
+    Lookup = 0,
+    /// As `Lookup`, and the jump whose number is in `temp[0]` may be chained.
+    Link = 1,
+    /// The instruction at `rip` is for `system::execute`; block number in `temp[0]`.
+    System = 2,
+    /// A slow path raised an exception, or wants the instruction run alone.
+    Exception = 3,
+    /// The attention word was set at a block's start, or the block was thrown away.
+    Attention = 4,
+    /// The host faulted in translated code; see `host_fault`.
+    HostFault = 5,
+}
+
+impl Leave {
+    pub(crate) fn from_code(code: u32) -> Self {
+        match code {
+            0 => Self::Lookup,
+            1 => Self::Link,
+            2 => Self::System,
+            3 => Self::Exception,
+            5 => Self::HostFault,
+            _ => Self::Attention,
+        }
+    }
+}
+
+/// Rust's side of the slow paths.
+pub(crate) struct Callbacks {
+    /// `fn(runtime, address, meta, return address) -> host pointer or null`
+    pub(crate) access: u64,
+    /// `fn(runtime)`
+    pub(crate) commit: u64,
+}
+
+/// Addresses of the thunks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Thunks {
+    pub(crate) enter: u64,
+    pub(crate) lookup: u64,
+    pub(crate) link: u64,
+    pub(crate) system: u64,
+    pub(crate) attention: u64,
+    pub(crate) host_fault: u64,
+    pub(crate) fpu_load: u64,
+    pub(crate) commit: u64,
+    /// Indexed by [`slow_index`].
+    pub(crate) slow: [u64; 8],
+}
+
+/// Which slow thunk: ring 3, store, block uses the FPU.
+pub(crate) fn slow_index(user: bool, store: bool, fpu: bool) -> usize {
+    usize::from(user) << 2 | usize::from(store) << 1 | usize::from(fpu)
+}
+
+/// Offset of the tag that an access compares, in the address space.
+pub(crate) fn tag_offset(user: bool, store: bool) -> i32 {
+    let table = if user { size_of::<[TlbEntry; crate::mmu::TLB_ENTRIES]>() } else { 0 };
+    let field = if store { std::mem::offset_of!(TlbEntry, write) } else { std::mem::offset_of!(TlbEntry, read) };
+    (std::mem::offset_of!(AddressSpace, tlb) + table + field) as i32
+}
+
+const CALLEE_SAVED: [Reg; 6] = [RBX, RBP, Reg(12), Reg(13), Reg(14), Reg(15)];
+const CALLER_SAVED_GUESTS: [usize; 6] = [0, 1, 2, 6, 7, 8];
+
+fn save_guests(a: &mut Asm) {
+    for (guest, home) in HOME.iter().enumerate() {
+        if let Some(reg) = home {
+            a.store_gs(slot(guest), *reg);
+        }
+    }
+    a.store_gs(state_offset!(status), RAX);
+}
+
+fn fpu_mask(a: &mut Asm, mask: u32) {
+    a.mov_imm(RAX, u64::from(mask));
+    a.mov_imm(RDX, 0);
+}
+
+/// Saves extended state and gives Rust a default MXCSR. Clobbers RAX, RDX.
+fn fpu_save(a: &mut Asm, mask: u32) {
+    fpu_mask(a, mask);
+    a.xsave(state_offset!(xsave));
+    a.ldmxcsr(state_offset!(default_mxcsr));
+    if mask & 4 != 0 {
+        a.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    }
+}
+
+fn call_rust(a: &mut Asm, function: u64) {
+    a.mov_imm(RAX, function);
+    a.raw(&[0xff, 0xd0]); // call rax
+}
+
+/// Writes all thunks into `a`, for the extended-state components in `mask`.
+pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
+    let mut thunks = Thunks { enter: enter(a), ..Thunks::default() };
+    let leave = leave_common(a, mask);
+    let out = |a: &mut Asm, reason: Leave, with_number: bool| {
+        let at = a.here();
+        a.store_gs(state_offset!(rip), T0);
+        if with_number {
+            a.store_gs(state_offset!(temp), T1);
+        }
+        a.store_gs(state_offset!(status), RAX);
+        a.mov_imm(RAX, reason as u64);
+        a.jmp(leave);
+        at
+    };
+    thunks.lookup = out(a, Leave::Lookup, false);
+    thunks.link = out(a, Leave::Link, true);
+    thunks.system = out(a, Leave::System, true);
+    thunks.attention = out(a, Leave::Attention, false);
+    thunks.host_fault = a.here();
+    a.store_gs(state_offset!(status), RAX);
+    a.mov_imm(RAX, Leave::HostFault as u64);
+    a.jmp(leave);
+    thunks.fpu_load = fpu_load(a, mask);
+    thunks.commit = commit(a, mask, callbacks.commit);
+    for user in [false, true] {
+        for store in [false, true] {
+            for fpu in [false, true] {
+                thunks.slow[slow_index(user, store, fpu)] =
+                    slow(a, mask, callbacks.access, leave, tag_offset(user, store), fpu);
+            }
+        }
+    }
+    thunks
+}
+
+/// `extern "sysv64" fn(code) -> u32`
+fn enter(a: &mut Asm) -> u64 {
+    let at = a.here();
+    for reg in CALLEE_SAVED {
+        a.push(reg);
+    }
+    a.alu_imm(Alu::Add, RSP, -8);
+    a.store_gs(state_offset!(host_rsp), RSP);
+    a.mov(T0, RDI);
+    for (guest, home) in HOME.iter().enumerate() {
+        if let Some(reg) = home {
+            a.load_gs(*reg, slot(guest));
+        }
+    }
+    a.load_gs(RAX, state_offset!(status));
+    a.jmp_reg(T0);
+    at
+}
+
+/// All ways out end here, with the reason in EAX and the status flags saved.
+fn leave_common(a: &mut Asm, mask: u32) -> u64 {
+    let at = a.here();
+    for (guest, home) in HOME.iter().enumerate() {
+        if let Some(reg) = home {
+            a.store_gs(slot(guest), *reg);
+        }
+    }
+    a.test_gs_zero(state_offset!(fpu_loaded));
+    let idle = a.jcc_forward(cc::E);
+    a.mov(RCX, RAX);
+    fpu_save(a, mask);
+    a.store_gs_imm(state_offset!(fpu_loaded), 0);
+    a.mov(RAX, RCX);
+    a.aim(idle);
+    a.load_gs(RSP, state_offset!(host_rsp));
+    a.alu_imm(Alu::Add, RSP, 8);
+    for reg in CALLEE_SAVED.into_iter().rev() {
+        a.pop(reg);
+    }
+    a.raw(&[0xc3]);
+    at
+}
+
+fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
+    let at = a.here();
+    a.store_gs(state_offset!(temp), RAX);
+    a.mov(T1, RDX);
+    fpu_mask(a, mask);
+    a.xrstor(state_offset!(xsave));
+    a.store_gs_imm(state_offset!(fpu_loaded), 1);
+    a.mov(RDX, T1);
+    a.load_gs(RAX, state_offset!(temp));
+    a.raw(&[0xc3]);
+    at
+}
+
+/// Slow path of an access. On the stack: return address, meta. In: T0, T1 as the failed
+/// check left them. Out: T0 is a host pointer for the access.
+fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64, tag: i32, fpu: bool) -> u64 {
+    let at = a.here();
+    a.alu_mem(Alu::Xor, T0, T1, tag);
+    save_guests(a);
+    a.mov(RBX, RSP);
+    a.test_gs_zero(state_offset!(fpu_loaded));
+    let idle = a.jcc_forward(cc::E);
+    fpu_save(a, mask);
+    if !fpu {
+        a.store_gs_imm(state_offset!(fpu_loaded), 0);
+    }
+    a.aim(idle);
+    a.load_gs(RDI, state_offset!(runtime));
+    a.mov(RSI, T0);
+    a.load(RDX, RBX, 8);
+    a.load(RCX, RBX, 0);
+    call_rust(a, access);
+    a.raw(&[0x48, 0x85, 0xc0]); // test rax, rax
+    let fault = a.jcc_forward(cc::E);
+    a.mov(T0, RAX);
+    if fpu {
+        a.test_gs_zero(state_offset!(fpu_loaded));
+        let idle = a.jcc_forward(cc::E);
+        fpu_mask(a, mask);
+        a.xrstor(state_offset!(xsave));
+        a.aim(idle);
+    }
+    for guest in CALLER_SAVED_GUESTS {
+        a.load_gs(HOME[guest].unwrap_or(GUEST_RAX), slot(guest));
+    }
+    a.load_gs(RBX, slot(3));
+    a.load_gs(RAX, state_offset!(status));
+    a.raw(&[0xc2, 8, 0]); // ret 8
+    a.aim(fault);
+    if fpu {
+        a.store_gs_imm(state_offset!(fpu_loaded), 0);
+    }
+    for guest in CALLER_SAVED_GUESTS {
+        a.load_gs(HOME[guest].unwrap_or(GUEST_RAX), slot(guest));
+    }
+    a.load_gs(RBX, slot(3));
+    a.mov_imm(RAX, Leave::Exception as u64);
+    a.jmp(leave);
+    at
+}
+
+/// After a store that may have gone to the bounce buffer. Keeps every register and flag.
+fn commit(a: &mut Asm, mask: u32, function: u64) -> u64 {
+    let at = a.here();
+    a.raw(&[0x9c]); // pushfq
+    a.test_gs_zero(state_offset!(commit_length));
+    let work = a.jcc_forward(cc::NE);
+    a.raw(&[0x9d, 0xc3]); // popfq; ret
+    a.aim(work);
+    let kept = [RAX, RCX, RDX, RBX, RSI, RDI, Reg(8), GUEST_RAX, T0, T1];
+    for reg in kept {
+        a.push(reg);
+    }
+    a.mov(RBX, RSP);
+    a.raw(&[0x48, 0x83, 0xe4, 0xf0]); // and rsp, -16
+    a.test_gs_zero(state_offset!(fpu_loaded));
+    let idle = a.jcc_forward(cc::E);
+    fpu_save(a, mask);
+    a.aim(idle);
+    a.load_gs(RDI, state_offset!(runtime));
+    call_rust(a, function);
+    a.test_gs_zero(state_offset!(fpu_loaded));
+    let idle = a.jcc_forward(cc::E);
+    fpu_mask(a, mask);
+    a.xrstor(state_offset!(xsave));
+    a.aim(idle);
+    a.mov(RSP, RBX);
+    for reg in kept.into_iter().rev() {
+        a.pop(reg);
+    }
+    a.raw(&[0x9d, 0xc3]);
+    at
+}

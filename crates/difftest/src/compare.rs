@@ -1,0 +1,232 @@
+//! Decides whether two machines agree on a case, and says where they do not.
+//!
+//! Called by `runner`. The masks here are the only differences that are forgiven; each has
+//! its reason beside it.
+
+use std::fmt::Write as _;
+
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, RflagsBits};
+
+use crate::case::{Case, End, Outcome, Xsave};
+use crate::generate::state::rflags;
+use crate::program;
+
+/// What is not compared.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mask {
+    /// RFLAGS bits.
+    rflags: u64,
+    /// Vector registers, as bits by number.
+    vectors: u16,
+}
+
+/// The first line of what differs, and all of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// One line per thing that differs: its name, then `host` and `guest`.
+    pub lines: Vec<String>,
+}
+
+/// Which machines are compared, for the text.
+#[derive(Clone, Copy, Debug)]
+pub struct Names(pub &'static str, pub &'static str);
+
+/// What the outcomes disagree on, or None.
+pub fn compare(
+    case: &Case,
+    host: &Outcome,
+    guest: &Outcome,
+    names: Names,
+    strict: bool,
+) -> Option<Difference> {
+    let mut report = Report { names, lines: Vec::new() };
+    if host.end != guest.end {
+        report.note("end", &format!("{:?}", host.end), &format!("{:?}", guest.end));
+        return report.finish();
+    }
+    if host.end != End::Exception {
+        return None;
+    }
+    let mask = mask_for(case, host, strict);
+    report.number("vector", host.vector.into(), guest.vector.into());
+    report.number("rip", host.registers.rip, guest.registers.rip);
+    compare_codes(&mut report, host, guest);
+    report.number(
+        "rflags",
+        host.registers.rflags & !mask.rflags,
+        guest.registers.rflags & !mask.rflags,
+    );
+    for (n, name) in GPR_NAMES.iter().enumerate() {
+        report.number(name, host.registers.gpr[n], guest.registers.gpr[n]);
+    }
+    report.number("fs_base", host.fs_base, guest.fs_base);
+    report.number("gs_base", host.gs_base, guest.gs_base);
+    compare_extended(&mut report, &host.xsave, &guest.xsave, mask.vectors);
+    compare_memory(&mut report, host, guest);
+    report.finish()
+}
+
+/// Names of the general registers in encoding order.
+pub(crate) const GPR_NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12",
+    "r13", "r14", "r15",
+];
+
+fn compare_codes(report: &mut Report, host: &Outcome, guest: &Outcome) {
+    report.number("cr2", host.cr2, guest.cr2);
+    // in the upper half the host's kernel sets P in what it reports, so as not to tell where
+    // it has mapped something
+    let hidden = u64::from(host.vector == 14 && host.cr2 >> 63 != 0);
+    report.number("error_code", host.error_code & !hidden, guest.error_code & !hidden);
+}
+
+fn compare_extended(report: &mut Report, host: &Xsave, guest: &Xsave, forgiven: u16) {
+    let half = |area: &Xsave, at: usize| u64::from(u16::from_le_bytes([area.0[at], area.0[at + 1]]));
+    report.number("mxcsr", host.mxcsr().into(), guest.mxcsr().into());
+    report.number("fcw", half(host, 0), half(guest, 0));
+    report.number("fsw", half(host, 2), half(guest, 2));
+    report.number("ftw", host.0[4].into(), guest.0[4].into());
+    for n in 0..8 {
+        let at = crate::case::ST_OFFSET + 16 * n;
+        report.bytes(&format!("st{n}"), &host.0[at..at + 10], &guest.0[at..at + 10]);
+    }
+    for n in (0..16).filter(|n| forgiven & 1 << n == 0) {
+        report.bytes(&format!("ymm{n}"), &host.ymm(n), &guest.ymm(n));
+    }
+}
+
+fn compare_memory(report: &mut Report, host: &Outcome, guest: &Outcome) {
+    if host.changes.count == guest.changes.count && host.changes.hash == guest.changes.hash {
+        return;
+    }
+    let (hosts, guests) = (host.changes.recorded(), guest.changes.recorded());
+    for line in hosts {
+        match guests.iter().find(|l| l.address == line.address) {
+            Some(other) => {
+                for (at, (a, b)) in
+                    line.bytes.chunks(16).zip(other.bytes.chunks(16)).enumerate()
+                {
+                    report.bytes(&format!("[{:#x}]", line.address + 16 * at as u64), a, b);
+                }
+            }
+            None => report.note(&format!("[{:#x}]", line.address), "changed", "unchanged"),
+        }
+    }
+    for line in guests {
+        if !hosts.iter().any(|l| l.address == line.address) {
+            report.note(&format!("[{:#x}]", line.address), "unchanged", "changed");
+        }
+    }
+    report.number("changed lines", host.changes.count, guest.changes.count);
+    report.number("hash of memory", host.changes.hash, guest.changes.hash);
+}
+
+/// What this case leaves undefined, by the decoder's word.
+fn mask_for(case: &Case, host: &Outcome, strict: bool) -> Mask {
+    let mut mask = Mask::default();
+    let mut info = InstructionInfoFactory::new();
+    let instructions = program::decode(case);
+    for instruction in &instructions {
+        if !strict {
+            let undefined = undefined_flags(instruction);
+            let defined = instruction.rflags_written()
+                | instruction.rflags_cleared()
+                | instruction.rflags_set();
+            // with branches, any of the instructions may be the last one to have run
+            if !has_branches(&instructions) {
+                mask.rflags &= !rflags_of(defined);
+            }
+            mask.rflags |= rflags_of(undefined);
+        }
+        if host.registers.rip == instruction.ip() && is_gather(instruction) {
+            // which elements a faulting gather has loaded is up to the implementation
+            for used in info.info(instruction).used_registers() {
+                if used.register().is_vector_register() && used.access() != OpAccess::Read {
+                    mask.vectors |= 1 << (used.register().number() % 16);
+                }
+            }
+        }
+    }
+    mask
+}
+
+fn has_branches(instructions: &[Instruction]) -> bool {
+    instructions.iter().any(|i| i.flow_control() != iced_x86::FlowControl::Next)
+}
+
+fn is_gather(instruction: &Instruction) -> bool {
+    instruction.is_vsib()
+}
+
+/// The flags an instruction leaves undefined, more exactly than by its opcode alone.
+fn undefined_flags(instruction: &Instruction) -> u32 {
+    let count_decides = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Shl | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Sal | Mnemonic::Shld
+            | Mnemonic::Shrd | Mnemonic::Rol | Mnemonic::Ror | Mnemonic::Rcl | Mnemonic::Rcr
+    );
+    let mut undefined = instruction.rflags_undefined();
+    if count_decides {
+        // OF is defined for counts of one, CF not for counts beyond the operand
+        undefined |= RflagsBits::OF;
+        if matches!(
+            instruction.mnemonic(),
+            Mnemonic::Shl | Mnemonic::Shr | Mnemonic::Sal | Mnemonic::Shld | Mnemonic::Shrd
+        ) {
+            undefined |= RflagsBits::CF;
+        }
+    }
+    undefined
+}
+
+fn rflags_of(bits: u32) -> u64 {
+    [
+        (RflagsBits::OF, 1 << 11),
+        (RflagsBits::SF, 1 << 7),
+        (RflagsBits::ZF, 1 << 6),
+        (RflagsBits::AF, 1 << 4),
+        (RflagsBits::CF, 1),
+        (RflagsBits::PF, 1 << 2),
+        (RflagsBits::DF, rflags::DF),
+        (RflagsBits::AC, rflags::AC),
+    ]
+    .iter()
+    .filter(|&&(bit, _)| bits & bit != 0)
+    .fold(0, |all, &(_, flag)| all | flag)
+}
+
+struct Report {
+    names: Names,
+    lines: Vec<String>,
+}
+
+impl Report {
+    fn number(&mut self, what: &str, host: u64, guest: u64) {
+        if host != guest {
+            self.note(what, &format!("{host:#x}"), &format!("{guest:#x}"));
+        }
+    }
+
+    fn bytes(&mut self, what: &str, host: &[u8], guest: &[u8]) {
+        if host != guest {
+            self.note(what, &hex(host), &hex(guest));
+        }
+    }
+
+    fn note(&mut self, what: &str, host: &str, guest: &str) {
+        let Names(first, second) = self.names;
+        self.lines.push(format!("{what}: {first} {host}, {second} {guest}"));
+    }
+
+    fn finish(self) -> Option<Difference> {
+        (!self.lines.is_empty()).then_some(Difference { lines: self.lines })
+    }
+}
+
+/// Bytes in memory order.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, b| {
+        let _ = write!(text, "{b:02x}");
+        text
+    })
+}

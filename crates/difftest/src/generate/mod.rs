@@ -1,0 +1,145 @@
+//! Makes test programs: first single instructions, every one of the catalogue in turn, then
+//! sequences with branches, loops, calls and self-modification.
+//!
+//! Called by `runner` and by the fuzz target. Whatever it draws, it returns a program that
+//! assembles.
+
+mod builder;
+mod memory;
+mod operands;
+mod special;
+pub(crate) mod state;
+pub(crate) mod values;
+
+use iced_x86::{Code, Decoder, DecoderOptions};
+
+use self::builder::Builder;
+use crate::case::Case;
+use crate::catalog::Catalog;
+use crate::program::{Body, Place, Program, encode};
+use crate::rng::Rng;
+
+/// Longest sequence, in instructions chosen (what sets up their operands comes on top).
+const SEQUENCE_MAX: u64 = 20;
+
+/// Makes the program number `index` of a run.
+pub fn program(catalog: &Catalog, rng: &mut Rng, index: u64) -> (Program, Case) {
+    for _ in 0..64 {
+        let program = if index.is_multiple_of(2) {
+            let codes = catalog.codes();
+            single(rng, codes[(index / 2 % codes.len() as u64) as usize])
+        } else {
+            sequence(catalog, rng)
+        };
+        if let Some(program) = program
+            && let Some(case) = program.assemble()
+        {
+            return (program, case);
+        }
+    }
+    let program = nothing(rng);
+    let case = program.assemble().unwrap_or_else(|| unreachable!("an empty program fits"));
+    (program, case)
+}
+
+fn nothing(rng: &mut Rng) -> Program {
+    Builder::new(state::registers(rng), state::extended(rng)).program
+}
+
+fn start(rng: &mut Rng) -> Builder {
+    let mut builder = Builder::new(state::registers(rng), state::extended(rng));
+    builder.place(rng);
+    builder
+}
+
+fn single(rng: &mut Rng, code: Code) -> Option<Program> {
+    let mut builder = start(rng);
+    if !operands::append(&mut builder, rng, code) {
+        return None;
+    }
+    special::aim(&mut builder, rng);
+    Some(complete(builder, rng))
+}
+
+fn sequence(catalog: &Catalog, rng: &mut Rng) -> Option<Program> {
+    let mut builder = start(rng);
+    let length = 2 + rng.below(SEQUENCE_MAX - 1);
+    let mut filler = |builder: &mut Builder, rng: &mut Rng| {
+        let code = pick_code(catalog, rng);
+        if operands::append(builder, rng, code) {
+            special::aim(builder, rng);
+        }
+    };
+    for _ in 0..length {
+        if rng.chance(4) {
+            special::pattern(&mut builder, rng, &mut filler);
+        } else {
+            filler(&mut builder, rng);
+        }
+    }
+    (builder.length() > 0).then(|| complete(builder, rng))
+}
+
+/// An instruction for a sequence: of all alike, or of those that programs are made of.
+fn pick_code(catalog: &Catalog, rng: &mut Rng) -> Code {
+    let codes = catalog.codes();
+    for _ in 0..8 {
+        let code = rng.pick(codes);
+        let op_code = code.op_code();
+        // faults end a sequence, so what always faults is rare in them
+        if op_code.is_privileged() && !rng.chance(3) {
+            continue;
+        }
+        if rng.chance(45) || code.encoding() == iced_x86::EncodingKind::Legacy && is_integer(code) {
+            return code;
+        }
+    }
+    Code::Add_rm64_r64
+}
+
+fn is_integer(code: Code) -> bool {
+    use iced_x86::CpuidFeature as F;
+    code.cpuid_features()
+        .iter()
+        .all(|f| matches!(f, F::INTEL8086 | F::INTEL186 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV))
+}
+
+/// Bounds the branch targets, and sometimes spoils an encoding.
+fn complete(mut builder: Builder, rng: &mut Rng) -> Program {
+    let end = builder.length();
+    for item in &mut builder.program.items {
+        if let Some((_, target)) = &mut item.target {
+            *target = (*target).min(end);
+        }
+    }
+    for fixup in &mut builder.program.fixups {
+        fixup.target = fixup.target.min(end);
+        if let Place::Register(n) = fixup.place {
+            builder.program.registers.gpr[n] = 0;
+        }
+    }
+    if rng.chance(5) {
+        spoil(&mut builder.program, rng);
+    }
+    builder.program
+}
+
+/// Puts a prefix before an instruction that the encoder would not put there.
+fn spoil(program: &mut Program, rng: &mut Rng) {
+    const PREFIXES: [u8; 13] =
+        [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x40, 0x48];
+    let index = rng.index(program.items.len());
+    let item = &mut program.items[index];
+    if item.target.is_some() {
+        return;
+    }
+    let Some(mut bytes) = encode(item, program.code_address, |_| None) else { return };
+    bytes.insert(0, rng.pick(&PREFIXES));
+    let mut decoder =
+        Decoder::with_ip(64, &bytes, program.code_address, DecoderOptions::NONE);
+    let instruction = decoder.decode();
+    let catalog = Catalog::shared();
+    if catalog.contains(instruction.code()) && instruction.len() == bytes.len() {
+        item.body = Body::Raw(bytes);
+    }
+}

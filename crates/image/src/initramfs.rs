@@ -1,0 +1,178 @@
+//! The contents of the appliance's initramfs: `BusyBox`, kernel modules and the scripts of
+//! the folder `guest`. Called by `appliance`; pure, no files.
+
+use sha2::{Digest, Sha256};
+
+use crate::cpio::Archive;
+use crate::manifest::hex;
+use crate::modules::{self, Set};
+
+/// What the guest's shell writes first on its console. All before it is boot messages.
+pub const GREETING: &str = "Strata guest: Linux ";
+
+/// Modules without which the appliance is of no use.
+pub(crate) const REQUIRED_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
+
+/// Modules loaded where the kernel has them: entropy, and word of a panic to the host.
+pub(crate) const OPTIONAL_MODULES: &[&str] = &["virtio_rng", "pvpanic_mmio", "pvpanic_pci"];
+
+/// What the modules above are known to depend on. Only spares reading the package twice: what
+/// they really depend on is read from themselves.
+pub(crate) const LIKELY_MODULES: &[&str] = &[
+    "virtio",
+    "virtio_ring",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "pvpanic",
+];
+
+const DIRECTORIES: &[&str] = &[
+    "bin",
+    "dev",
+    "dev/pts",
+    "dev/shm",
+    "etc",
+    "lib",
+    "lib/modules",
+    "lib/strata",
+    "mnt",
+    "proc",
+    "root",
+    "run",
+    "sbin",
+    "sys",
+    "usr",
+    "usr/bin",
+    "usr/sbin",
+    "var",
+    "var/log",
+];
+
+const FILES: &[(&str, u32, &str)] = &[
+    ("etc/inittab", 0o644, include_str!("../guest/inittab")),
+    ("etc/fstab", 0o644, include_str!("../guest/fstab")),
+    ("etc/profile", 0o644, include_str!("../guest/profile")),
+    ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\n"),
+    ("etc/group", 0o644, "root:x:0:\n"),
+    ("etc/hosts", 0o644, "127.0.0.1 localhost strata\n"),
+    ("lib/strata/main", 0o755, include_str!("../guest/main")),
+    ("lib/strata/down", 0o755, include_str!("../guest/down")),
+];
+
+/// Fingerprint of all in this crate that shapes an appliance, sixteen hex digits. Two versions
+/// of Strata with the same recipe share a cached appliance.
+pub(crate) fn recipe() -> String {
+    let mut hash = Sha256::new();
+    let mut add = |text: &str| {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    };
+    add("layout 1");
+    for (path, _, text) in FILES {
+        add(path);
+        add(text);
+    }
+    for name in DIRECTORIES
+        .iter()
+        .chain(REQUIRED_MODULES)
+        .chain(OPTIONAL_MODULES)
+    {
+        add(name);
+    }
+    hex(&hash.finalize()[..8])
+}
+
+/// Builds the archive. It is left uncompressed: the guest would have to undo the compression
+/// on a slower processor than the host's disk.
+pub(crate) fn build(busybox: &[u8], kernel_release: &str, set: &Set) -> Vec<u8> {
+    let mut archive = Archive::new();
+    for path in DIRECTORIES {
+        archive.directory(path, if *path == "root" { 0o700 } else { 0o755 });
+    }
+    archive.directory("tmp", 0o1777);
+    // Needed until devtmpfs is mounted: init's own console and the shell's.
+    archive.character_device("dev/console", 0o600, 5, 1);
+    archive.character_device("dev/ttyS0", 0o600, 4, 64);
+    archive.character_device("dev/null", 0o666, 1, 3);
+
+    archive.file("bin/busybox", 0o755, busybox);
+    archive.symlink("bin/sh", "busybox");
+    // The kernel starts /init; BusyBox is what it is called as.
+    archive.symlink("init", "bin/busybox");
+    for (path, mode, text) in FILES {
+        archive.file(path, *mode, text.as_bytes());
+    }
+
+    let wanted: Vec<&str> = REQUIRED_MODULES
+        .iter()
+        .chain(OPTIONAL_MODULES)
+        .copied()
+        .filter(|name| set.contains_key(*name))
+        .collect();
+    archive.file(
+        "lib/strata/modules",
+        0o644,
+        format!("{}\n", wanted.join(" ")).as_bytes(),
+    );
+    let directory = format!("lib/modules/{kernel_release}");
+    archive.directory(&directory, 0o755);
+    for module in set.values() {
+        archive.file(&format!("{directory}/{}", module.file), 0o644, &module.data);
+    }
+    archive.file(
+        &format!("{directory}/modules.dep"),
+        0o644,
+        modules::dependency_index(set).as_bytes(),
+    );
+    archive.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpio::tests::read;
+    use crate::modules::tests::module_file;
+
+    #[test]
+    fn a_directory_comes_before_what_is_in_it() {
+        let entries = read(&build(b"busybox", "6.1.0", &Set::new()));
+        for (index, (path, ..)) in entries.iter().enumerate() {
+            if let Some((parent, _)) = path.rsplit_once('/') {
+                assert!(
+                    entries[..index].iter().any(|entry| entry.0 == parent),
+                    "{path} comes before {parent}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn only_modules_that_exist_are_asked_for() {
+        let module = modules::parse("virtio-rng.ko", module_file("depends=\0")).unwrap();
+        let set = Set::from([("virtio_rng".to_owned(), module)]);
+
+        let entries = read(&build(b"busybox", "6.1.0", &set));
+
+        let list = entries
+            .iter()
+            .find(|e| e.0 == "lib/strata/modules")
+            .unwrap();
+        assert_eq!(list.2, b"virtio_rng\n");
+        assert!(
+            entries
+                .iter()
+                .any(|e| e.0 == "lib/modules/6.1.0/virtio-rng.ko")
+        );
+    }
+
+    #[test]
+    fn the_greeting_is_what_the_guest_says() {
+        assert!(include_str!("../guest/main").contains(GREETING));
+    }
+
+    #[test]
+    fn the_recipe_is_stable_within_a_build() {
+        assert_eq!(recipe(), recipe());
+        assert_eq!(recipe().len(), 16);
+    }
+}

@@ -1,0 +1,164 @@
+//! What one run asks of the appliance, as a second initramfs segment.
+//!
+//! The segment holds one file, `/lib/strata/session`, that the guest's main script reads as
+//! shell text. Linux unpacks segments in order, so this one only has to come after the
+//! appliance's own. Called by the `strata` binary.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+use crate::cpio::Archive;
+
+/// Names of the virtio-console ports that carry a command. The machine must have them in the
+/// order of the fields: the guest concludes from the last that the first are open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// Host to guest: what the command reads.
+    pub stdin: &'static str,
+    /// Guest to host: what the command writes.
+    pub stdout: &'static str,
+    /// Guest to host: what the command writes as errors.
+    pub stderr: &'static str,
+    /// Guest to host, lines of text: `ready` when the command is about to start, then
+    /// `exit N` with its status, 128 + n where signal n ended it.
+    pub status: &'static str,
+}
+
+/// What one run asks of the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Session {
+    /// Program and arguments to run; a shell on the console where empty.
+    pub command: Vec<OsString>,
+    /// `TERM` for the shell.
+    pub term: Option<OsString>,
+    /// Rows and columns of the terminal.
+    pub size: Option<(u16, u16)>,
+}
+
+impl Session {
+    /// The names the guest looks for.
+    pub const PORTS: Ports = Ports {
+        stdin: "strata.stdin",
+        stdout: "strata.stdout",
+        stderr: "strata.stderr",
+        status: "strata.status",
+    };
+
+    /// The initramfs segment, a multiple of 4 bytes long.
+    pub fn segment(&self) -> Vec<u8> {
+        let mut archive = Archive::new();
+        archive.file("lib/strata/session", 0o600, &self.script());
+        archive.finish()
+    }
+
+    fn script(&self) -> Vec<u8> {
+        let mut script = Vec::new();
+        if let Some(term) = &self.term {
+            script.extend_from_slice(b"export TERM=");
+            script.extend(quoted(term));
+            script.push(b'\n');
+        }
+        if let Some((rows, columns)) = self.size {
+            script.extend_from_slice(format!("rows={rows} columns={columns}\n").as_bytes());
+        }
+        if !self.command.is_empty() {
+            script.extend_from_slice(b"mode=command\nset --");
+            for word in &self.command {
+                script.push(b' ');
+                script.extend(quoted(word));
+            }
+            script.push(b'\n');
+        }
+        script
+    }
+}
+
+/// `word` as one shell word: in single quotes nothing is special but the quote itself.
+fn quoted(word: &OsStr) -> Vec<u8> {
+    let mut text = vec![b'\''];
+    for byte in word.as_bytes() {
+        match byte {
+            b'\'' => text.extend_from_slice(b"'\\''"),
+            // An argument cannot hold NUL, and the shell could not read it.
+            0 => {}
+            other => text.push(*other),
+        }
+    }
+    text.push(b'\'');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::cpio::tests::read;
+
+    fn command(words: &[&[u8]]) -> Session {
+        Session {
+            command: words
+                .iter()
+                .map(|w| OsStr::from_bytes(w).to_owned())
+                .collect(),
+            ..Session::default()
+        }
+    }
+
+    #[test]
+    fn a_shell_reads_back_every_argument_unchanged() {
+        let words: [&[u8]; 7] = [
+            b"printf",
+            b"%s\\n",
+            b"it's",
+            b"two  words\nand a line",
+            b"$HOME `id` \\ \"q\" *",
+            b"",
+            b"\xff\x81caf\xc3\xa9",
+        ];
+        let mut script = command(&words).script();
+        script.extend_from_slice(b"\n\"$@\"\n");
+
+        let output = Command::new("sh")
+            .arg("-c")
+            .arg(OsStr::from_bytes(&script))
+            .output()
+            .unwrap();
+
+        let expected = [words[2..].join(&b'\n'), b"\n".to_vec()].concat();
+        assert_eq!(output.stdout, expected);
+    }
+
+    #[test]
+    fn a_session_without_a_command_asks_for_a_shell() {
+        let session = Session {
+            term: Some("xterm".into()),
+            size: Some((50, 132)),
+            ..Session::default()
+        };
+        let text = String::from_utf8(session.script()).unwrap();
+        assert_eq!(text, "export TERM='xterm'\nrows=50 columns=132\n");
+    }
+
+    #[test]
+    fn the_segment_holds_the_session_file_for_root_only() {
+        let entries = read(&command(&[b"true"]).segment());
+        assert_eq!(entries.len(), 1);
+        assert_eq!(entries[0].0, "lib/strata/session");
+        assert_eq!(entries[0].1 & 0o777, 0o600);
+    }
+
+    #[test]
+    fn the_guest_knows_the_ports_by_these_names() {
+        let main = include_str!("../guest/main");
+        let Ports {
+            stdin,
+            stdout,
+            stderr,
+            status,
+        } = Session::PORTS;
+        for name in [stdin, stdout, stderr, status] {
+            assert!(main.contains(&format!("{name})")), "{name}");
+        }
+    }
+}

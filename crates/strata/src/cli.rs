@@ -1,0 +1,213 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::exit;
+use crate::units::{self, Disk};
+
+const RUN_KEYS: &str = "\
+Keys on the console: Ctrl-A x quits, Ctrl-A h lists the keys, Ctrl-A Ctrl-A sends Ctrl-A.";
+
+/// Real virtual machines on any x86-64 Linux host, with or without hardware virtualization.
+#[derive(Debug, Parser)]
+#[command(name = "strata", version, about, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Tell more: -v what is done and the guest's boot messages, -vv and -vvv details
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a virtual machine: a shell in it, one command, or a kernel of your own
+    Run(RunArgs),
+    /// Tell what this host can do, and which accelerator would be used and why
+    Doctor(DoctorArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print a manual page in roff, for man(1)
+    Man {
+        /// The subcommand whose page to print; the page of strata itself without one
+        subcommand: Option<String>,
+    },
+}
+
+/// Arguments of `strata run`.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "Run a virtual machine.\n\n\
+        Without --kernel it boots the default appliance, Debian's cloud kernel with a BusyBox \
+        user space, which the first run fetches and builds. The guest's console is on this \
+        terminal; with -- CMD the command runs in the guest instead, with this process's \
+        standard input, output and error, and its exit status.",
+    after_help = exit::HELP,
+    after_long_help = format!("{RUN_KEYS}\n\n{}", exit::HELP),
+)]
+pub(crate) struct RunArgs {
+    /// Number of virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) cpus: u8,
+
+    /// Memory of the guest, such as 512M, 2G or 1GiB
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::memory)]
+    pub(crate) memory: u64,
+
+    /// A disk image, raw; with ,ro it is not written to. Repeat for /dev/vda, /dev/vdb, ...
+    #[arg(long = "disk", value_name = "PATH[,ro]",
+          value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
+    pub(crate) disks: Vec<Disk>,
+
+    /// Linux kernel to boot, a bzImage or an ELF vmlinux, instead of the default appliance
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// Initial RAM file system for --kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// Kernel command line; added to the appliance's own, the whole of it with --kernel
+    /// [default with --kernel: "console=ttyS0 panic=-1"]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) append: Option<String>,
+
+    /// What runs the guest's instructions
+    #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
+    pub(crate) accel: Accelerator,
+
+    /// Stop the machine after this time, such as 30s, 5m or 500ms
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Also write all that appears on the guest's serial console to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) console_log: Option<PathBuf>,
+
+    /// Command to run in the guest, and its arguments
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<OsString>,
+}
+
+impl RunArgs {
+    /// Checks what clap's own rules cannot say.
+    pub(crate) fn check(&self) -> Result<(), clap::Error> {
+        let refuse = |text: &str| Err(clap::Error::raw(ErrorKind::ArgumentConflict, text));
+        if self.kernel.is_some() && !self.command.is_empty() {
+            return refuse(
+                "a command after -- runs in the default appliance, so --kernel cannot be given \
+                 with it.\nLeave out --kernel, or start the command from your own initrd.\n",
+            );
+        }
+        if self.command.first().is_some_and(|word| word.is_empty()) {
+            return refuse("the command after -- is empty.\n");
+        }
+        Ok(())
+    }
+}
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Accelerator {
+    /// The best that works on this host; see `strata doctor`
+    Auto,
+    /// The software CPU, which needs nothing of the host
+    Soft,
+}
+
+/// Arguments of `strata doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Form of the report
+    #[arg(long, value_enum, default_value_t = OutputForm::Text)]
+    pub(crate) output: OutputForm,
+}
+
+/// Form of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputForm {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn run(args: &[&str]) -> Result<RunArgs, clap::Error> {
+        let cli = Cli::try_parse_from(["strata", "run"].iter().chain(args))?;
+        let Command::Run(run) = cli.command else {
+            panic!("not run");
+        };
+        run.check()?;
+        Ok(run)
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_run_needs_no_arguments() {
+        let run = run(&[]).unwrap();
+        assert_eq!((run.cpus, run.memory), (1, 512 << 20));
+        assert!(run.command.is_empty() && run.kernel.is_none());
+    }
+
+    #[test]
+    fn all_after_the_dashes_is_the_commands() {
+        let run = run(&["--memory", "1G", "--", "ls", "-l", "--memory", "--", "x"]).unwrap();
+        assert_eq!(run.command, ["ls", "-l", "--memory", "--", "x"]);
+        assert_eq!(run.memory, 1 << 30);
+    }
+
+    #[test]
+    fn disks_keep_their_order() {
+        let run = run(&["--disk", "a", "--disk", "b,ro"]).unwrap();
+        let disks: Vec<_> = run
+            .disks
+            .iter()
+            .map(|d| (d.path.to_str().unwrap(), d.read_only))
+            .collect();
+        assert_eq!(disks, [("a", false), ("b", true)]);
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        let wrong: [&[&str]; 8] = [
+            &["--memory", "512"],
+            &["--cpus", "0"],
+            &["--timeout", "never"],
+            &["--accel", "kvm"],
+            &["--initrd", "i"],
+            &["--kernel", "k", "--", "ls"],
+            &["ls"],
+            &["--", ""],
+        ];
+        for args in wrong {
+            assert!(run(args).is_err(), "{args:?}");
+        }
+    }
+
+    #[test]
+    fn an_append_may_begin_with_a_dash() {
+        let run = run(&["--append", "-- single"]).unwrap();
+        assert_eq!(run.append.as_deref(), Some("-- single"));
+    }
+}

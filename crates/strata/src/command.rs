@@ -1,0 +1,175 @@
+//! `run -- CMD`: this process's standard streams as ports of the guest, and the command's end.
+
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::machine::ConsolePort;
+use strata_image::Session;
+
+use crate::console::{output_lost, write_now};
+use crate::supervisor::Stopper;
+
+/// Longest line that is taken from the status port. A guest may write anything there.
+const MAX_LINE: usize = 64;
+
+/// What is known about the command.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// The guest was about to start it.
+    pub(crate) started: bool,
+    /// Its exit status.
+    pub(crate) exit: Option<u8>,
+}
+
+/// Reads the lines of the status port; see [`strata_image::Ports::status`].
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Status {
+    progress: Arc<Mutex<Progress>>,
+    line: Vec<u8>,
+}
+
+impl Status {
+    pub(crate) fn progress(&self) -> Progress {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_line(&mut self) {
+        let line = std::mem::take(&mut self.line);
+        let Ok(line) = std::str::from_utf8(&line) else {
+            return;
+        };
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        if line == "ready" {
+            progress.started = true;
+        } else if let Some(status) = line.strip_prefix("exit ") {
+            progress.exit = status.parse().ok();
+        }
+    }
+}
+
+impl Write for Status {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for byte in bytes {
+            if *byte == b'\n' {
+                self.take_line();
+            } else if self.line.len() < MAX_LINE {
+                self.line.push(*byte);
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The ports for a command, in the order the guest relies on.
+pub(crate) fn ports(status: &Status, stopper: &Stopper) -> Vec<ConsolePort> {
+    let names = Session::PORTS;
+    let output = |name: &str, write: Box<dyn Write + Send>| ConsolePort {
+        name: name.to_owned(),
+        input: None,
+        output: Some(write),
+    };
+    vec![
+        ConsolePort {
+            name: names.stdin.to_owned(),
+            input: Some(Box::new(Stdin)),
+            output: None,
+        },
+        output(
+            names.stdout,
+            Box::new(Stream::new("standard output", io::stdout(), stopper)),
+        ),
+        output(
+            names.stderr,
+            Box::new(Stream::new("standard error", io::stderr(), stopper)),
+        ),
+        output(names.status, Box::new(status.clone())),
+    ]
+}
+
+struct Stdin;
+
+impl Read for Stdin {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        io::stdin().lock().read(buffer)
+    }
+}
+
+/// A standard stream that stops the machine when it cannot be written any more.
+struct Stream<W> {
+    what: &'static str,
+    writer: Option<W>,
+    stopper: Stopper,
+}
+
+impl<W: Write> Stream<W> {
+    fn new(what: &'static str, writer: W, stopper: &Stopper) -> Self {
+        Self {
+            what,
+            writer: Some(writer),
+            stopper: stopper.clone(),
+        }
+    }
+}
+
+impl<W: Write> Write for Stream<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(writer) = &mut self.writer
+            && let Err(error) = write_now(writer, bytes)
+        {
+            self.writer = None;
+            self.stopper.stop(output_lost(self.what, error));
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(text: &[u8]) -> Progress {
+        let mut status = Status::default();
+        // In pieces, as a port may deliver it.
+        for piece in text.chunks(3) {
+            status.write_all(piece).unwrap();
+        }
+        status.progress()
+    }
+
+    #[test]
+    fn the_exit_status_is_the_one_reported() {
+        let done = |status| Progress {
+            started: true,
+            exit: Some(status),
+        };
+        assert_eq!(after(b"ready\nexit 0\n"), done(0));
+        assert_eq!(after(b"ready\nexit 139\n"), done(139));
+    }
+
+    #[test]
+    fn a_command_that_was_started_has_no_status_yet() {
+        let progress = after(b"ready\nexit 0");
+        assert!(progress.started && progress.exit.is_none());
+    }
+
+    #[test]
+    fn nonsense_from_the_guest_is_no_status() {
+        for text in [
+            &b"exit 256\n"[..],
+            b"exit -1\n",
+            b"exit x\n",
+            b"\xff\xfe\n",
+            &[b'a'; 100_000],
+        ] {
+            assert_eq!(after(text), Progress::default());
+        }
+    }
+}

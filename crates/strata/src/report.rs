@@ -1,0 +1,118 @@
+//! What `strata` says on standard error, and its log.
+
+use std::error::Error;
+use std::io::{self, Write};
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::terminal;
+
+/// Writes one message to standard error, with the program's name before it.
+pub(crate) fn say(message: &str) {
+    let _ = writeln!(Stderr, "strata: {message}");
+}
+
+/// Writes an error with all its causes, each once.
+pub(crate) fn say_error(error: &dyn Error) {
+    say(&chain(error));
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some errors already repeat their cause in their own text.
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Begins logging to standard error: warnings, or more with `-v`, or what `STRATA_LOG` says.
+pub(crate) fn start_log(verbosity: u8) {
+    let level = match verbosity {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("STRATA_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| Stderr)
+        .with_ansi(false)
+        .without_time()
+        .try_init();
+}
+
+/// Standard error, also right on a terminal in raw mode.
+pub(crate) struct Stderr;
+
+impl Write for Stderr {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut stderr = io::stderr().lock();
+        if terminal::is_raw() {
+            let mut text = Vec::with_capacity(bytes.len() + 16);
+            for byte in bytes {
+                if *byte == b'\n' {
+                    text.push(b'\r');
+                }
+                text.push(*byte);
+            }
+            stderr.write_all(&text)?;
+        } else {
+            stderr.write_all(bytes)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl<'a> MakeWriter<'a> for Stderr {
+    type Writer = Self;
+    fn make_writer(&'a self) -> Self {
+        Self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Fault {
+        text: &'static str,
+        #[source]
+        cause: Option<Box<Fault>>,
+    }
+
+    fn fault(text: &'static str, cause: Option<Fault>) -> Fault {
+        Fault {
+            text,
+            cause: cause.map(Box::new),
+        }
+    }
+
+    #[test]
+    fn an_error_is_told_with_its_causes() {
+        let error = fault(
+            "no disk",
+            Some(fault("cannot open", Some(fault("denied", None)))),
+        );
+        assert_eq!(chain(&error), "no disk: cannot open: denied");
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error = fault("a.img: denied", Some(fault("denied", None)));
+        assert_eq!(chain(&error), "a.img: denied");
+    }
+}

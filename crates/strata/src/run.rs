@@ -1,0 +1,350 @@
+//! `strata run`: from arguments to a machine, and from its end to an exit status.
+
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+
+use crate::appliance;
+use crate::cli::{Accelerator, RunArgs};
+use crate::command::{self, Status};
+use crate::console::{KeyInput, Output, PipeInput, Show, Tail};
+use crate::exit::End;
+use crate::machine::{
+    Accel, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole,
+};
+use crate::report::say;
+use crate::supervisor::{Stop, Supervisor};
+use crate::terminal::{self, RawMode};
+use strata_image::{GREETING, Session};
+
+/// Kernel command line of the default appliance. The console is the serial line; a panic
+/// resets at once, so that a run never hangs on one; boot messages stay out of the way.
+const APPLIANCE_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+
+/// Added where boot messages are not asked for with `-v`.
+const QUIET: &str = "quiet";
+
+/// Kernel command line with `--kernel` and without `--append`.
+const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+
+/// How much of a hidden console is shown when the guest dies, lines.
+const SHOWN_ON_DEATH: usize = 60;
+
+/// Why no machine was started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    /// The default appliance cannot be had.
+    #[error("the default appliance cannot be built")]
+    Appliance(#[source] strata_image::Error),
+
+    /// The machine refuses its configuration.
+    #[error(transparent)]
+    Machine(crate::machine::Error),
+
+    /// Something of this host's cannot be used.
+    #[error("cannot {action}")]
+    Host {
+        /// To be read after "cannot".
+        action: String,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+impl Fault {
+    fn host(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let action = action.into();
+        move |source| Self::Host { action, source }
+    }
+
+    /// What to do about it, where the error itself does not say.
+    pub(crate) fn advice(&self) -> Option<&'static str> {
+        use strata_image::Error;
+        match self {
+            Self::Appliance(Error::NoCacheDirectory | Error::Io { .. }) => Some(
+                "set XDG_CACHE_HOME to a directory that can be written to, or boot files of your \
+                 own with --kernel FILE (a Linux bzImage or vmlinux) and --initrd FILE",
+            ),
+            Self::Appliance(_) => Some(
+                "boot files of your own instead: --kernel FILE (a Linux bzImage or vmlinux) and \
+                 --initrd FILE (an initramfs); or copy ~/.cache/strata from a host where \
+                 'strata run' has built the appliance",
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// Runs a machine to its end.
+pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
+    let boot = Boot::prepare(args, verbose)?;
+    let supervisor = Supervisor::new();
+    let log = args.console_log.as_deref().map(|path| {
+        File::create(path).map_err(Fault::host(format!(
+            "create the console log '{}'",
+            path.display()
+        )))
+    });
+    let wants_command = !args.command.is_empty();
+    let show = match (wants_command, verbose) {
+        (false, _) => Show::Stdout,
+        (true, true) => Show::Stderr,
+        (true, false) => Show::Hidden,
+    };
+    let output = Output::new(show, log.transpose()?, boot.greeting, supervisor.stopper());
+    let tail = output.tail();
+    let gate = output.gate();
+    let status = Status::default();
+
+    // The keys are read from here on; the terminal becomes raw only when all else is well.
+    let on_terminal = !wants_command && io::stdin().is_terminal();
+    let mut config = MachineConfig {
+        cpus: args.cpus,
+        memory: args.memory,
+        accel: match args.accel {
+            Accelerator::Auto => Accel::Auto,
+            Accelerator::Soft => Accel::Soft,
+        },
+        kernel: boot.kernel,
+        initrd: boot.initrd,
+        command_line: boot.command_line,
+        disks: disks(args),
+        console: SerialConsole {
+            output: Box::new(output),
+            input: None,
+        },
+        ports: Vec::<ConsolePort>::new(),
+    };
+    if wants_command {
+        config.ports = command::ports(&status, &supervisor.stopper());
+    } else if on_terminal {
+        let keys = KeyInput::start(gate, supervisor.stopper());
+        config.console.input = Some(Box::new(keys.map_err(Fault::host("start a thread"))?));
+    } else {
+        config.console.input = Some(Box::new(PipeInput::new(gate)));
+    }
+
+    let machine = Machine::build(config).map_err(Fault::Machine)?;
+    let raw = if on_terminal {
+        RawMode::enter().map_err(Fault::host("make the terminal raw"))?
+    } else {
+        None
+    };
+    supervisor
+        .watch_signals(raw.is_some())
+        .map_err(Fault::host("watch for signals"))?;
+    let control = machine.control();
+    let stop = supervisor
+        .start(args.timeout, move || control.stop())
+        .map_err(Fault::host("start a thread"))?;
+    let outcome = machine.run();
+    drop(raw);
+
+    let status = wants_command.then_some(status);
+    Ok(Ended {
+        outcome,
+        stop: stop.get(),
+        status,
+        tail: (show == Show::Hidden).then_some(&tail),
+        panicked: tail.shows_panic(),
+    }
+    .tell())
+}
+
+fn disks(args: &RunArgs) -> Vec<DiskConfig> {
+    args.disks
+        .iter()
+        .map(|disk| DiskConfig {
+            path: disk.path.clone(),
+            read_only: disk.read_only,
+        })
+        .collect()
+}
+
+/// What is booted.
+struct Boot {
+    kernel: PathBuf,
+    initrd: Vec<InitrdPart>,
+    command_line: String,
+    /// What the guest says when it is ready for input; empty where nothing is known of it.
+    greeting: &'static str,
+}
+
+impl Boot {
+    fn prepare(args: &RunArgs, verbose: bool) -> Result<Self, Fault> {
+        if let Some(kernel) = &args.kernel {
+            return Ok(Self {
+                kernel: kernel.clone(),
+                initrd: args.initrd.iter().cloned().map(InitrdPart::File).collect(),
+                command_line: args
+                    .append
+                    .clone()
+                    .unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned()),
+                greeting: "",
+            });
+        }
+        let appliance = appliance::get().map_err(Fault::Appliance)?;
+        let session = Session {
+            command: args.command.clone(),
+            term: std::env::var_os("TERM").filter(|_| io::stdout().is_terminal()),
+            size: terminal::size(),
+        };
+        let mut command_line = APPLIANCE_COMMAND_LINE.to_owned();
+        for more in (!verbose)
+            .then_some(QUIET)
+            .into_iter()
+            .chain(args.append.as_deref())
+        {
+            command_line = format!("{command_line} {more}");
+        }
+        Ok(Self {
+            kernel: appliance.kernel,
+            initrd: vec![
+                InitrdPart::File(appliance.initramfs),
+                InitrdPart::Bytes(session.segment()),
+            ],
+            command_line,
+            greeting: GREETING,
+        })
+    }
+}
+
+/// All that is known when a machine has ended.
+struct Ended<'a> {
+    outcome: Outcome,
+    /// Why we stopped it, if we did.
+    stop: Option<&'a Stop>,
+    /// What is known of the command, if there was to be one.
+    status: Option<Status>,
+    /// The console's last output, where the user has not seen it.
+    tail: Option<&'a Tail>,
+    panicked: bool,
+}
+
+impl Ended<'_> {
+    /// Says what is to be said and gives the end.
+    fn tell(&self) -> End {
+        let (end, message) = self.judge();
+        if let Some(message) = message {
+            if let Some(tail) = self.tail
+                && !matches!(end, End::Timeout | End::Done)
+            {
+                for line in tail.lines(SHOWN_ON_DEATH) {
+                    eprintln!("{line}");
+                }
+            }
+            say(&message);
+        }
+        end
+    }
+
+    fn judge(&self) -> (End, Option<String>) {
+        let died = |end, what: &str| (end, Some(what.to_owned()));
+        match &self.outcome {
+            Outcome::Panic => return died(End::KernelPanic, "the guest's kernel panicked"),
+            Outcome::TripleFault => {
+                return died(
+                    End::TripleFault,
+                    "the guest's processor shut down on a triple fault",
+                );
+            }
+            Outcome::Failed(why) => {
+                return (
+                    End::MachineFailed,
+                    Some(format!("the machine could not go on: {why}")),
+                );
+            }
+            Outcome::Stopped => {
+                return match self.stop {
+                    Some(stop) => (stop.end(), stop.message()),
+                    None => died(End::MachineFailed, "the machine stopped for no reason"),
+                };
+            }
+            Outcome::PowerOff | Outcome::Reset => {}
+        }
+        if self.panicked && matches!(self.outcome, Outcome::Reset) {
+            return died(End::KernelPanic, "the guest's kernel panicked and reset");
+        }
+        let Some(progress) = self.status.as_ref().map(Status::progress) else {
+            return (End::Done, None);
+        };
+        match progress.exit {
+            Some(status) => (End::Command(status), None),
+            None if progress.started => died(
+                End::Done,
+                "the guest powered off or rebooted before the command ended",
+            ),
+            None => died(
+                End::CommandNotStarted,
+                "the guest ended before the command could be started",
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn judge(outcome: Outcome, status: Option<&str>, panicked: bool) -> End {
+        let status = status.map(|text| {
+            let mut status = Status::default();
+            status.write_all(text.as_bytes()).unwrap();
+            status
+        });
+        let ended = Ended {
+            outcome,
+            stop: None,
+            status,
+            tail: None,
+            panicked,
+        };
+        ended.judge().0
+    }
+
+    #[test]
+    fn power_off_and_reboot_end_a_run_well() {
+        assert_eq!(judge(Outcome::PowerOff, None, false), End::Done);
+        assert_eq!(judge(Outcome::Reset, None, false), End::Done);
+    }
+
+    #[test]
+    fn a_commands_status_is_the_runs() {
+        let status = Some("ready\nexit 7\n");
+        assert_eq!(judge(Outcome::PowerOff, status, false), End::Command(7));
+    }
+
+    #[test]
+    fn a_command_that_powers_off_ends_the_run_well() {
+        assert_eq!(judge(Outcome::PowerOff, Some("ready\n"), false), End::Done);
+    }
+
+    #[test]
+    fn a_guest_that_never_started_the_command_is_a_failure() {
+        assert_eq!(
+            judge(Outcome::PowerOff, Some(""), false),
+            End::CommandNotStarted
+        );
+        assert_eq!(
+            judge(Outcome::Reset, Some(""), false),
+            End::CommandNotStarted
+        );
+    }
+
+    #[test]
+    fn death_of_the_guest_outweighs_the_commands_status() {
+        let status = Some("ready\nexit 0\n");
+        assert_eq!(judge(Outcome::Panic, status, false), End::KernelPanic);
+        assert_eq!(judge(Outcome::TripleFault, status, false), End::TripleFault);
+        let failed = Outcome::Failed("x".into());
+        assert_eq!(judge(failed, status, false), End::MachineFailed);
+    }
+
+    #[test]
+    fn a_reset_after_a_panic_on_the_console_is_a_panic() {
+        assert_eq!(judge(Outcome::Reset, None, true), End::KernelPanic);
+        assert_eq!(judge(Outcome::PowerOff, None, true), End::Done);
+    }
+}

@@ -1,0 +1,82 @@
+//! The terminal's mode: raw while a guest's console is on it, and restored on every way out.
+//!
+//! A process has one terminal, so the saved mode is the one global here. A panic hook and the
+//! thread that handles signals reach it too.
+
+use std::io::{self, IsTerminal};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+
+struct Modes {
+    before: Termios,
+    raw: Termios,
+    is_raw: bool,
+}
+
+static MODES: Mutex<Option<Modes>> = Mutex::new(None);
+
+fn modes() -> MutexGuard<'static, Option<Modes>> {
+    MODES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps the terminal raw; dropping it restores the terminal.
+#[derive(Debug)]
+pub(crate) struct RawMode(());
+
+impl RawMode {
+    /// Makes the terminal on standard input raw; `None` where that is no terminal.
+    pub(crate) fn enter() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(None);
+        }
+        let before = tcgetattr(&stdin)?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        *modes() = Some(Modes {
+            before,
+            raw,
+            is_raw: false,
+        });
+        set_raw()?;
+        Ok(Some(Self(())))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Makes the terminal raw again after [`restore`], if it ever was.
+pub(crate) fn set_raw() -> io::Result<()> {
+    if let Some(modes) = &mut *modes() {
+        tcsetattr(io::stdin(), OptionalActions::Now, &modes.raw)?;
+        modes.is_raw = true;
+    }
+    Ok(())
+}
+
+/// Gives the terminal back as it was found. May be called at any time and more than once.
+pub(crate) fn restore() {
+    if let Some(modes) = &mut *modes()
+        && modes.is_raw
+    {
+        // Nothing helps where this fails: the terminal is gone.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &modes.before);
+        modes.is_raw = false;
+    }
+}
+
+/// Whether a line feed needs a carriage return before it.
+pub(crate) fn is_raw() -> bool {
+    modes().as_ref().is_some_and(|modes| modes.is_raw)
+}
+
+/// Rows and columns of the terminal on standard output, where it is one and knows.
+pub(crate) fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(io::stdout()).ok()?;
+    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+}

@@ -1,0 +1,171 @@
+//! Sizes, times and disks as they are written on the command line.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Granularity of guest memory: a page, in bytes.
+const PAGE: u64 = 4096;
+
+/// Parses a memory size with a unit, such as `512M`, `2G` or `1GiB`; powers of 1024. Bytes.
+pub(crate) fn memory(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        "" => return Err("a size needs a unit: K, M, G or T, as in 512M".to_owned()),
+        _ => return Err(format!("'{unit}' is not a unit of size; use K, M, G or T")),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "a size is a number and a unit, as in 512M".to_owned())?;
+    let bytes = number
+        .checked_mul(1 << shift)
+        .ok_or("the size is too large")?;
+    if bytes == 0 || bytes % PAGE != 0 {
+        return Err("a size of memory is a multiple of 4K and not zero".to_owned());
+    }
+    Ok(bytes)
+}
+
+/// Parses a time such as `30s`, `500ms`, `5m`, `1h`; a bare number is in seconds.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let is_number = |byte: &u8| byte.is_ascii_digit() || *byte == b'.';
+    let digits = text.bytes().take_while(is_number).count();
+    let (number, unit) = text.split_at(digits);
+    let seconds = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("'{unit}' is not a unit of time; use ms, s, m or h")),
+    };
+    let number: f64 = number
+        .parse()
+        .map_err(|_| "a time is a number and a unit, as in 30s".to_owned())?;
+    match Duration::try_from_secs_f64(number * seconds) {
+        Ok(Duration::ZERO) => Err("the time must be more than zero".to_owned()),
+        Ok(time) => Ok(time),
+        Err(_) => Err("the time is too long".to_owned()),
+    }
+}
+
+/// A disk as given with `--disk`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Disk {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+/// Parses `PATH`, `PATH,ro` or `PATH,rw`. Any other comma belongs to the path.
+pub(crate) fn disk(text: &OsStr) -> Result<Disk, String> {
+    let bytes = text.as_bytes();
+    let (path, read_only) = if let Some(path) = bytes.strip_suffix(b",ro") {
+        (path, true)
+    } else {
+        (bytes.strip_suffix(b",rw").unwrap_or(bytes), false)
+    };
+    if path.is_empty() {
+        return Err("a disk is a file: PATH, or PATH,ro to keep it unchanged".to_owned());
+    }
+    Ok(Disk {
+        path: OsStr::from_bytes(path).into(),
+        read_only,
+    })
+}
+
+/// A size in bytes for people to read, such as `512 MiB`.
+pub(crate) fn display_size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut scale = 1_u64;
+    while bytes / scale >= 1024 && unit + 1 < UNITS.len() {
+        scale *= 1024;
+        unit += 1;
+    }
+    // In tenths, rounded down: what is shown is there.
+    let tenths = u128::from(bytes) * 10 / u128::from(scale);
+    match (tenths / 10, tenths % 10) {
+        (whole, 0) => format!("{whole} {}", UNITS[unit]),
+        (whole, tenth) => format!("{whole}.{tenth} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_any_usual_unit() {
+        assert_eq!(memory("512M"), Ok(512 << 20));
+        assert_eq!(memory("2G"), Ok(2 << 30));
+        assert_eq!(memory("1GiB"), Ok(1 << 30));
+        assert_eq!(memory("65536k"), Ok(64 << 20));
+        assert_eq!(memory("1tb"), Ok(1 << 40));
+    }
+
+    #[test]
+    fn sizes_without_sense_are_refused() {
+        for text in [
+            "",
+            "M",
+            "512",
+            "0G",
+            "1K",
+            "5X",
+            "-1G",
+            "1.5G",
+            "99999999999T",
+            "1 G",
+        ] {
+            assert!(memory(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_read_with_any_usual_unit() {
+        assert_eq!(duration("30s"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("30"), Ok(Duration::from_secs(30)));
+        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("2h"), Ok(Duration::from_hours(2)));
+    }
+
+    #[test]
+    fn times_without_sense_are_refused() {
+        for text in [
+            "",
+            "s",
+            "0",
+            "0s",
+            "-1s",
+            "1d",
+            "1..5s",
+            "1e400s",
+            "99999999999999999999999h",
+        ] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_writable_unless_said_otherwise() {
+        let parse = |text: &str| disk(OsStr::new(text)).unwrap();
+        assert!(!parse("a.img").read_only);
+        assert!(!parse("a.img,rw").read_only);
+        assert!(parse("a.img,ro").read_only);
+        assert_eq!(parse("a,b.img,ro").path, PathBuf::from("a,b.img"));
+        assert!(disk(OsStr::new(",ro")).is_err());
+    }
+
+    #[test]
+    fn sizes_are_shown_short() {
+        assert_eq!(display_size(512 << 20), "512 MiB");
+        assert_eq!(display_size(3 << 29), "1.5 GiB");
+        assert_eq!(display_size(17), "17 bytes");
+    }
+}

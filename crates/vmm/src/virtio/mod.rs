@@ -1,0 +1,247 @@
+//! A machine's PCI bus and virtio devices with their host side: files, random numbers,
+//! streams, and a thread for each queue or device that does the I/O.
+//!
+//! ```text
+//!   vCPU ──port, MMIO──► PciRoot ──lock──► VirtioPci<D> ──notified──► Doorbell
+//!                                              ▲                         │
+//!   Interrupts ◄── MSI ── Shared<D> ──lock─────┘◄── pop, complete ── worker ──► host I/O
+//! ```
+//!
+//! The machine makes a [`Devices`], adds what its configuration asks for, hands
+//! [`Devices::pci`] to its bus dispatch, and calls [`Devices::shutdown`] when its vCPUs
+//! have stopped. vCPU threads never do host I/O here, and no lock is held during any.
+
+mod block;
+mod console;
+mod disk;
+mod doorbell;
+mod entropy;
+mod pipe;
+mod root;
+mod sys;
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use strata_devices::pci::{BusFull, PciLayout};
+use strata_devices::virtio::{Block, BlockConfig, Console, Entropy, MAX_PORTS, PortConfig};
+use strata_memory::GuestMemory;
+
+use console::{Streams, Writer};
+pub use disk::DiskError;
+use doorbell::Doorbell;
+pub use root::PciRoot;
+use root::{Endpoint, Shared};
+
+/// The most request queues a disk gets.
+const MAX_BLOCK_QUEUES: u16 = 4;
+
+/// Where devices send their interrupts.
+pub trait MsiSink: Send + Sync {
+    /// Delivers a message-signalled interrupt: a write of `data` to `address`. Called from
+    /// vCPU and worker threads; must not call back into the PCI bus.
+    fn deliver_msi(&self, address: u64, data: u32);
+}
+
+/// Why a device could not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A disk's file is not fit for it.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// There are more devices than the bus holds.
+    #[error("the machine has too many devices")]
+    Bus(#[from] BusFull),
+    /// There are more console ports than the device can have.
+    #[error("a machine can have at most {MAX_PORTS} console ports, not {0}")]
+    Ports(usize),
+    /// A worker thread could not be started.
+    #[error("cannot start a thread for a device")]
+    Thread(#[source] io::Error),
+}
+
+/// A console port and the host's ends of it.
+pub struct Port {
+    /// What the guest finds it by.
+    pub name: String,
+    /// What the guest reads. Its end is told to the guest once all was delivered.
+    pub input: Option<Box<dyn Read + Send>>,
+    /// Where the guest's bytes go. `None` drops them.
+    pub output: Option<Box<dyn Write + Send>>,
+}
+
+impl std::fmt::Debug for Port {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Port")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What every device is connected to.
+struct Connect {
+    memory: GuestMemory,
+    interrupts: Arc<dyn MsiSink>,
+}
+
+struct Worker {
+    bell: Arc<Doorbell>,
+    thread: JoinHandle<()>,
+}
+
+/// A machine's PCI devices and their threads.
+pub struct Devices {
+    connect: Connect,
+    pci: Arc<PciRoot>,
+    block_queues: u16,
+    disks: usize,
+    workers: Vec<Worker>,
+    writers: Vec<Writer>,
+}
+
+impl Devices {
+    /// A bus with nothing but its host bridge, for a machine of `cpus` vCPUs.
+    pub fn new(
+        memory: GuestMemory,
+        interrupts: Arc<dyn MsiSink>,
+        layout: PciLayout,
+        cpus: u8,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            connect: Connect { memory, interrupts },
+            pci: Arc::new(PciRoot::new(layout)?),
+            block_queues: u16::from(cpus).clamp(1, MAX_BLOCK_QUEUES),
+            disks: 0,
+            workers: Vec::new(),
+            writers: Vec::new(),
+        })
+    }
+
+    /// The bus, for the machine's port and MMIO dispatch.
+    pub fn pci(&self) -> Arc<PciRoot> {
+        Arc::clone(&self.pci)
+    }
+
+    /// Adds the raw image or block device at `path`. Its ID in the guest is `diskN`, N
+    /// counting from 0.
+    pub fn add_disk(&mut self, path: &Path, read_only: bool) -> Result<(), Error> {
+        let disk = Arc::new(disk::Disk::open(path, read_only)?);
+        let config = BlockConfig {
+            sectors: disk.sectors(),
+            read_only,
+            queues: self.block_queues,
+            id: format!("disk{}", self.disks),
+        };
+        let bells: Vec<_> = (0..self.block_queues)
+            .map(|_| Arc::<Doorbell>::default())
+            .collect();
+        let device = Block::new(config);
+        let shared = Shared::new(device, &self.connect, |queue| Arc::clone(&bells[queue]));
+        for (queue, bell) in bells.iter().enumerate() {
+            let (shared, disk) = (Arc::clone(&shared), Arc::clone(&disk));
+            let memory = self.connect.memory.ram().clone();
+            let name = format!("disk{}-{queue}", self.disks);
+            self.spawn(&name, bell, move |bell| {
+                block::serve(&shared, &disk, &memory, queue, bell);
+            })?;
+        }
+        self.disks += 1;
+        self.plug(shared)
+    }
+
+    /// Adds a source of entropy.
+    pub fn add_entropy(&mut self) -> Result<(), Error> {
+        let bell = Arc::<Doorbell>::default();
+        let shared = Shared::new(Entropy, &self.connect, |_| Arc::clone(&bell));
+        let worker = Arc::clone(&shared);
+        self.spawn("entropy", &bell, move |bell| entropy::serve(&worker, bell))?;
+        self.plug(shared)
+    }
+
+    /// Adds a console device with `ports`, none of them a console in the guest's sense.
+    pub fn add_console(&mut self, ports: Vec<Port>) -> Result<(), Error> {
+        if ports.len() > MAX_PORTS {
+            return Err(Error::Ports(ports.len()));
+        }
+        let bell = Arc::<Doorbell>::default();
+        let name = |p: &Port| PortConfig {
+            name: p.name.clone(),
+            console: false,
+        };
+        let device = Console::new(ports.iter().map(name).collect());
+        let shared = Shared::new(device, &self.connect, |_| Arc::clone(&bell));
+        let mut streams = Vec::new();
+        for port in ports {
+            let mut ends = Streams::new();
+            if let Some(input) = port.input {
+                ends.read_from(input, &bell).map_err(Error::Thread)?;
+            }
+            if let Some(output) = port.output {
+                let writer = ends.write_to(output, &bell).map_err(Error::Thread)?;
+                self.writers.push(writer);
+            }
+            streams.push(ends);
+        }
+        let worker = Arc::clone(&shared);
+        self.spawn("console", &bell, move |bell| {
+            console::serve(&worker, streams, bell);
+        })?;
+        self.plug(shared)
+    }
+
+    fn plug(&self, endpoint: Arc<dyn Endpoint>) -> Result<(), Error> {
+        self.pci.add(endpoint)?;
+        Ok(())
+    }
+
+    fn spawn(
+        &mut self,
+        name: &str,
+        bell: &Arc<Doorbell>,
+        work: impl FnOnce(&Doorbell) + Send + 'static,
+    ) -> Result<(), Error> {
+        let own = Arc::clone(bell);
+        let thread = thread::Builder::new()
+            .name(name.into())
+            .spawn(move || work(&own))
+            .map_err(Error::Thread)?;
+        bell.attach(thread.thread().clone());
+        self.workers.push(Worker {
+            bell: Arc::clone(bell),
+            thread,
+        });
+        Ok(())
+    }
+
+    /// Ends the workers: requests that are queued are served first, and all console
+    /// output is written. To be called when the vCPUs have stopped. Waits for host
+    /// outputs that are slow; does not wait for host inputs that block.
+    pub fn shutdown(&mut self) {
+        for worker in &self.workers {
+            worker.bell.stop();
+        }
+        for worker in self.workers.drain(..) {
+            let _ = worker.thread.join();
+        }
+        self.writers.drain(..).for_each(Writer::finish);
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+impl std::fmt::Debug for Devices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Devices")
+            .field("workers", &self.workers.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;
