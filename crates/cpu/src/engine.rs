@@ -348,7 +348,7 @@ impl Cpu {
             self.core.flush_jumps();
         }
         let rip = self.core.state.rip;
-        let physical = self.core.fetch_address(rip)?;
+        let (physical, global) = self.core.fetch_address(rip)?;
         let mut key = Key { physical, second: None, rip, mode };
         let mut number = self.blocks.find(&key);
         if number.is_none() {
@@ -359,7 +359,7 @@ impl Cpu {
         let entry = self.cache.base() + u64::from(block.entry);
         if !single {
             let last = rip.wrapping_add(u64::from(block.length.max(1) - 1));
-            self.core.space().insert_jump(mode.user, rip, last, entry);
+            self.core.space().insert_jump(mode.user, rip, last, entry, global && block.key.second.is_none());
         }
         Ok((number, entry))
     }
@@ -377,7 +377,7 @@ impl Cpu {
         }
         // the first instruction goes on in the next page
         let next = (key.rip | (PAGE_SIZE - 1)).wrapping_add(1);
-        let second = self.core.fetch_address(next)?;
+        let (second, _) = self.core.fetch_address(next)?;
         key.second = Some(second);
         if let Some(number) = self.blocks.find(key) {
             return Ok(number);
@@ -499,11 +499,26 @@ impl Cpu {
                 if what & meta::STACK != 0 && exception.vector == vector::GP {
                     exception.vector = vector::SS;
                 }
+                if let Some(earlier) = self.earlier_fault(address, size, what) {
+                    exception = earlier;
+                }
                 self.raised = Some(exception);
             }
         }
         self.core.state.rip = rip;
         None
+    }
+
+    /// What an access that is going to fault anyway raises instead, because it is checked
+    /// before the address is translated.
+    fn earlier_fault(&self, address: u64, size: u64, what: u32) -> Option<Exception> {
+        const ERROR_SUMMARY: u8 = 1 << 7;
+        // FSW is at offset 2 of the XSAVE area, which the slow path has filled
+        if what & meta::WAITS != 0 && self.core.state.xsave.0[2] & ERROR_SUMMARY != 0 {
+            return Some(Exception::new(vector::MF));
+        }
+        (what & meta::ALIGNED != 0 && !address.is_multiple_of(size.max(1)))
+            .then(|| Exception::general_protection(0))
     }
 
     fn settle_access(

@@ -5,18 +5,20 @@
 //! entry holds two tags, one for loads and one for stores, so that a store to a page that
 //! is clean, read-only or holds translated code leaves the fast path.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use strata_memory::{GuestMemory, PAGE_SIZE};
 
 use crate::bus::Bus;
 use crate::exception::Exception;
+use crate::hash::BuildFast;
 use crate::state::{State, StateRef, cr0, cr4, efer};
 
 /// Physical address width that CPUID reports and the walk enforces, in bits.
 pub(crate) const PHYSICAL_BITS: u32 = 46;
 /// Entries of one direct-mapped TLB.
-pub(crate) const TLB_ENTRIES: usize = 1024;
+pub(crate) const TLB_ENTRIES: usize = 4096;
 /// Entries of one jump cache.
 pub(crate) const JUMP_ENTRIES: usize = 4096;
 /// Address spaces kept; Linux uses six PCIDs and two for flushes.
@@ -58,16 +60,24 @@ pub(crate) enum Privilege {
     Supervisor,
 }
 
-/// One line of a soft TLB. A tag is a page's linear address, or [`invalid_tag`].
+/// One line of a soft TLB. The tag is a page's linear address, or [`invalid_tag`].
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct TlbEntry {
-    pub(crate) read: u64,
-    pub(crate) write: u64,
+    pub(crate) tag: u64,
     /// Host address of the page.
     pub(crate) host: u64,
-    /// log2 of the page size that the guest mapped, for INVLPG.
-    pub(crate) page_shift: u64,
+}
+
+/// Beside a line: log2 of the page size that the guest mapped, and [`GLOBAL`].
+type LineInfo = u16;
+
+/// The page is global.
+const GLOBAL: LineInfo = 1 << 8;
+
+/// Which of a space's TLBs serves an access.
+pub(crate) const fn tlb_number(user: bool, store: bool) -> usize {
+    (user as usize) << 1 | store as usize
 }
 
 /// A tag that no address with the given index can match.
@@ -83,22 +93,49 @@ pub(crate) struct JumpEntry {
     pub(crate) code: u64,
 }
 
-/// The TLBs and jump caches of one address space, each once for the supervisor and once
-/// for ring 3.
-#[repr(C, align(64))]
-pub(crate) struct AddressSpace {
-    pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; 2],
-    pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; 2],
-    pcid: Option<u64>,
-    last_used: u64,
-    /// Which 2 MiB stretches (hashed) have entries from larger pages.
-    large: u64,
-    /// Which pages (hashed) have jump-cache entries.
-    jump_pages: u64,
+/// Which lines of a table are in use, so that a flush costs what was filled.
+#[derive(Default)]
+struct Filled {
+    /// Lines that only an explicit or global flush empties.
+    global: Vec<u16>,
+    local: Vec<u16>,
 }
 
-fn hash64(number: u64) -> u64 {
-    1 << (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
+impl Filled {
+    fn note(&mut self, index: usize, global: bool) {
+        let list = if global { &mut self.global } else { &mut self.local };
+        list.push(index as u16);
+    }
+
+    /// Lines are listed again when their pages change between global and local; this is
+    /// when a flush is cheaper than longer lists.
+    fn crowded(&self) -> bool {
+        self.global.len() + self.local.len() > 4 * TLB_ENTRIES
+    }
+}
+
+/// The TLBs and jump caches of one address space, each once for the supervisor and once
+/// for ring 3; the TLBs apart for loads and stores, so that a copy between two places at an
+/// unlucky distance does not fight over lines.
+#[repr(C, align(64))]
+pub(crate) struct AddressSpace {
+    pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; 4],
+    pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; 2],
+    info: [[LineInfo; TLB_ENTRIES]; 4],
+    tlb_filled: [Filled; 4],
+    jumps_filled: [Filled; 2],
+    pcid: Option<u64>,
+    last_used: u64,
+    /// Large pages that have entries, as `linear >> shift << 6 | shift`.
+    large: PageSet,
+    /// Pages that have jump-cache entries.
+    jump_pages: PageSet,
+}
+
+type PageSet = HashSet<u64, BuildFast>;
+
+fn large_key(linear: u64, shift: u32) -> u64 {
+    linear >> shift << 6 | u64::from(shift)
 }
 
 /// The index of a linear address in a jump cache.
@@ -110,84 +147,116 @@ fn tlb_index(linear: u64) -> usize {
     (linear / PAGE_SIZE) as usize % TLB_ENTRIES
 }
 
+fn invalid_jump(index: usize) -> JumpEntry {
+    // address 0 has index 0, so its empty entry needs a pc that has another
+    JumpEntry { pc: u64::from(index == 0), code: 0 }
+}
+
+impl TlbEntry {
+    fn invalid(index: usize) -> Self {
+        Self { tag: invalid_tag(index), host: 0 }
+    }
+}
+
 impl AddressSpace {
     fn new() -> Box<Self> {
-        // SAFETY: all fields are integers or an Option<u64>; a zeroed allocation of the
-        // type's own layout is a valid value for each (None for `pcid` is written below).
+        // SAFETY: the tables are integers, for which zeroes are a value; every other field
+        // is written before the box is made.
         let mut space = unsafe {
             let layout = std::alloc::Layout::new::<Self>();
             let raw = std::alloc::alloc_zeroed(layout).cast::<Self>();
             if raw.is_null() {
                 std::alloc::handle_alloc_error(layout);
             }
+            (&raw mut (*raw).tlb_filled).write(Default::default());
+            (&raw mut (*raw).jumps_filled).write(Default::default());
             (&raw mut (*raw).pcid).write(None);
+            (&raw mut (*raw).large).write(PageSet::default());
+            (&raw mut (*raw).jump_pages).write(PageSet::default());
             Box::from_raw(raw)
         };
-        space.flush_tlb();
-        space.flush_jumps();
+        for table in &mut space.tlb {
+            table[0] = TlbEntry::invalid(0);
+        }
+        for table in &mut space.jumps {
+            table[0] = invalid_jump(0);
+        }
         space
     }
 
-    fn flush_tlb(&mut self) {
-        for table in &mut self.tlb {
-            for (index, entry) in table.iter_mut().enumerate() {
-                let tag = invalid_tag(index);
-                *entry = TlbEntry { read: tag, write: tag, host: 0, page_shift: 0 };
+    fn flush_tlb(&mut self, keep_global: bool) {
+        for (table, filled) in self.tlb.iter_mut().zip(&mut self.tlb_filled) {
+            let global = if keep_global { Vec::new() } else { std::mem::take(&mut filled.global) };
+            for index in global.into_iter().chain(filled.local.drain(..)) {
+                table[usize::from(index)] = TlbEntry::invalid(usize::from(index));
             }
         }
-        self.large = 0;
+        if !keep_global {
+            self.large.clear();
+        }
+    }
+
+    fn flush_jumps_but(&mut self, keep_global: bool) {
+        for (table, filled) in self.jumps.iter_mut().zip(&mut self.jumps_filled) {
+            let global = if keep_global { Vec::new() } else { std::mem::take(&mut filled.global) };
+            for index in global.into_iter().chain(filled.local.drain(..)) {
+                table[usize::from(index)] = invalid_jump(usize::from(index));
+            }
+        }
+        if !keep_global {
+            self.jump_pages.clear();
+        }
     }
 
     pub(crate) fn flush_jumps(&mut self) {
-        if self.jump_pages != 0 {
-            self.jumps = [[JumpEntry { pc: 0, code: 0 }; JUMP_ENTRIES]; 2];
-        }
-        for table in &mut self.jumps {
-            // address 0 has index 0, so its empty entry needs a pc that has another
-            table[0].pc = 1;
-        }
-        self.jump_pages = 0;
+        self.flush_jumps_but(false);
     }
 
-    fn flush(&mut self) {
-        self.flush_tlb();
-        self.flush_jumps();
+    fn flush(&mut self, keep_global: bool) {
+        self.flush_tlb(keep_global);
+        self.flush_jumps_but(keep_global);
     }
 
     fn flush_page(&mut self, linear: u64) {
         let index = tlb_index(linear);
         let page = linear & !(PAGE_SIZE - 1);
-        let many = self.large & hash64(linear >> 21) != 0;
+        let many = [21, 30].iter().any(|&shift| self.large.contains(&large_key(linear, shift)));
         for table in &mut self.tlb {
-            let tag = invalid_tag(index);
-            let entry = &mut table[index];
-            if entry.read == page || entry.write == page {
-                entry.read = tag;
-                entry.write = tag;
-            }
-            if many {
-                Self::flush_large(table, linear);
+            if table[index].tag == page {
+                table[index].tag = invalid_tag(index);
             }
         }
-        if many || self.jump_pages & hash64(linear / PAGE_SIZE) != 0 {
+        if many {
+            self.flush_large(linear);
+        }
+        if many || self.jump_pages.contains(&(linear / PAGE_SIZE)) {
             self.flush_jumps();
         }
     }
 
-    fn flush_large(table: &mut [TlbEntry; TLB_ENTRIES], linear: u64) {
-        for (index, entry) in table.iter_mut().enumerate() {
-            let shift = entry.page_shift;
-            if shift > 12 && (entry.read >> shift == linear >> shift || entry.write >> shift == linear >> shift) {
-                entry.read = invalid_tag(index);
-                entry.write = invalid_tag(index);
+    fn flush_large(&mut self, linear: u64) {
+        for (table, info) in self.tlb.iter_mut().zip(&self.info) {
+            for (index, (entry, info)) in table.iter_mut().zip(info).enumerate() {
+                let shift = info & !GLOBAL;
+                if shift > 12 && entry.tag >> shift == linear >> shift {
+                    entry.tag = invalid_tag(index);
+                }
             }
         }
     }
 
-    /// Enters where the block for `pc` is. `last` is the last byte of the block.
-    pub(crate) fn insert_jump(&mut self, user: bool, pc: u64, last: u64, code: u64) {
-        self.jump_pages |= hash64(pc / PAGE_SIZE) | hash64(last / PAGE_SIZE);
-        self.jumps[usize::from(user)][jump_index(pc)] = JumpEntry { pc, code };
+    /// Enters where the block for `pc` is. `last` is the last byte of the block, `global`
+    /// tells that its page is.
+    pub(crate) fn insert_jump(&mut self, user: bool, pc: u64, last: u64, code: u64, global: bool) {
+        if self.jumps_filled[usize::from(user)].crowded() {
+            self.flush_jumps();
+        }
+        self.jump_pages.insert(pc / PAGE_SIZE);
+        self.jump_pages.insert(last / PAGE_SIZE);
+        let index = jump_index(pc);
+        // a line that was global may now be local: it is then on both lists
+        self.jumps_filled[usize::from(user)].note(index, global);
+        self.jumps[usize::from(user)][index] = JumpEntry { pc, code };
     }
 }
 
@@ -195,6 +264,7 @@ impl AddressSpace {
 struct Mapping {
     physical: u64,
     page_shift: u32,
+    global: bool,
     /// A store by the asking privilege would succeed without touching the tables again.
     writable: bool,
 }
@@ -222,8 +292,8 @@ pub(crate) struct Core {
     pub(crate) stale: Vec<(u64, u64)>,
     spaces: Vec<Box<AddressSpace>>,
     clock: u64,
-    /// One bit a page of RAM: some TLB may hold a store tag for it.
-    stored: std::collections::HashSet<u64, crate::hash::BuildFast>,
+    /// Numbers of RAM pages that some TLB may hold a store tag for.
+    stored: PageSet,
 }
 
 impl Core {
@@ -238,7 +308,7 @@ impl Core {
             stale: Vec::new(),
             spaces: Vec::new(),
             clock: 0,
-            stored: std::collections::HashSet::default(),
+            stored: PageSet::default(),
         };
         core.select_space(false);
         core
@@ -262,8 +332,10 @@ impl Core {
         let found = self.spaces.iter().position(|s| s.pcid == Some(pcid));
         let index = found.unwrap_or_else(|| self.free_space());
         let space = &mut self.spaces[index];
-        if found.is_none() || !keep {
-            space.flush();
+        if found.is_none() {
+            space.flush(false);
+        } else if !keep {
+            space.flush(true);
         }
         space.pcid = Some(pcid);
         space.last_used = self.clock;
@@ -282,14 +354,14 @@ impl Core {
     /// Drops everything every TLB and jump cache holds.
     pub(crate) fn flush_all(&mut self) {
         for space in &mut self.spaces {
-            space.flush();
+            space.flush(false);
         }
     }
 
-    /// Drops what is held for one PCID.
+    /// Drops what is held for one PCID, less global pages.
     pub(crate) fn flush_pcid(&mut self, pcid: u64) {
         for space in self.spaces.iter_mut().filter(|s| s.pcid == Some(pcid)) {
-            space.flush();
+            space.flush(true);
         }
     }
 
@@ -322,10 +394,12 @@ impl Core {
         let Some(host) = self.memory.host_ptr(physical & !(PAGE_SIZE - 1), PAGE_SIZE) else {
             return;
         };
-        for table in self.spaces.iter_mut().flat_map(|s| &mut s.tlb) {
-            for (index, entry) in table.iter_mut().enumerate() {
-                if entry.host == host as u64 {
-                    entry.write = invalid_tag(index);
+        for space in &mut self.spaces {
+            for table in [tlb_number(false, true), tlb_number(true, true)] {
+                for (index, entry) in space.tlb[table].iter_mut().enumerate() {
+                    if entry.host == host as u64 {
+                        entry.tag = invalid_tag(index);
+                    }
                 }
             }
         }
@@ -351,13 +425,8 @@ impl Core {
         let user = self.is_user(privilege);
         let page = linear & !(PAGE_SIZE - 1);
         let index = tlb_index(linear);
-        let entry = self.space().tlb[usize::from(user)][index];
-        let tag = match kind {
-            Kind::Read => entry.read,
-            Kind::Write => entry.write,
-            Kind::Fetch => invalid_tag(index),
-        };
-        if tag == page {
+        let entry = self.space().tlb[tlb_number(user, kind == Kind::Write)][index];
+        if kind != Kind::Fetch && entry.tag == page {
             return Ok(Target::Ram((entry.host + (linear - page)) as *mut u8));
         }
         if !Self::canonical(linear) {
@@ -369,13 +438,14 @@ impl Core {
             return Ok(Target::Device(mapping.physical));
         };
         if kind != Kind::Fetch {
-            self.fill(linear, host, user, &mapping);
+            self.fill(linear, host, user, kind, &mapping);
         }
         // SAFETY: the offset is within the page that `host` maps.
         Ok(Target::Ram(unsafe { host.add((linear - page) as usize) }))
     }
 
-    fn fill(&mut self, linear: u64, host: *mut u8, user: bool, mapping: &Mapping) {
+    /// Enters a page into the TLB that missed, and into its sibling if the line is free.
+    fn fill(&mut self, linear: u64, host: *mut u8, user: bool, kind: Kind, mapping: &Mapping) {
         let page = linear & !(PAGE_SIZE - 1);
         let index = tlb_index(linear);
         let writable = mapping.writable && !self.memory.code().page_has_code(mapping.physical);
@@ -384,23 +454,38 @@ impl Core {
         }
         let space = self.space();
         if mapping.page_shift > 12 {
-            space.large |= if mapping.page_shift == 21 { hash64(linear >> 21) } else { u64::MAX };
+            space.large.insert(large_key(linear, mapping.page_shift));
         }
-        space.tlb[usize::from(user)][index] = TlbEntry {
-            read: page,
-            write: if writable { page } else { invalid_tag(index) },
-            host: host as u64,
-            page_shift: u64::from(mapping.page_shift),
-        };
+        let info = mapping.page_shift as LineInfo | if mapping.global { GLOBAL } else { 0 };
+        for store in [false, true] {
+            if store && !writable {
+                continue;
+            }
+            let table = tlb_number(user, store);
+            let old = space.tlb[table][index];
+            if store != (kind == Kind::Write) && old.host != 0 && old.tag != invalid_tag(index) {
+                continue;
+            }
+            if old.host == 0 || (space.info[table][index] ^ info) & GLOBAL != 0 {
+                if space.tlb_filled[table].crowded() {
+                    space.flush_tlb(false);
+                }
+                space.tlb_filled[table].note(index, mapping.global);
+            }
+            space.info[table][index] = info;
+            space.tlb[table][index] = TlbEntry { tag: page, host: host as u64 };
+        }
     }
 
-    /// The physical address that an instruction fetch from `linear` reads.
-    pub(crate) fn fetch_address(&mut self, linear: u64) -> Result<u64, Exception> {
+    /// The physical address that an instruction fetch from `linear` reads, and whether the
+    /// page is global.
+    pub(crate) fn fetch_address(&mut self, linear: u64) -> Result<(u64, bool), Exception> {
         if !Self::canonical(linear) {
             return Err(Exception::general_protection(0));
         }
         let user = self.user();
-        Ok(self.walk(linear, Kind::Fetch, user)?.physical)
+        let mapping = self.walk(linear, Kind::Fetch, user)?;
+        Ok((mapping.physical, mapping.global))
     }
 
     fn table_entry(&self, address: u64) -> Option<&AtomicU64> {
@@ -413,7 +498,7 @@ impl Core {
     fn walk(&self, linear: u64, kind: Kind, user: bool) -> Result<Mapping, Exception> {
         let state: &State = &self.state;
         if state.cr0 & cr0::PG == 0 {
-            return Ok(Mapping { physical: linear & 0xffff_ffff, page_shift: 12, writable: true });
+            return Ok(Mapping { physical: linear & 0xffff_ffff, page_shift: 12, global: false, writable: true });
         }
         let nxe = state.efer & efer::NXE != 0;
         let mut code = 0;
@@ -483,6 +568,7 @@ impl Core {
                 return Ok(Mapping {
                     physical: wanted & PTE_ADDRESS & !offset | linear & offset,
                     page_shift: shift,
+                    global: wanted & PTE_G != 0 && state.cr4 & cr4::PGE != 0,
                     writable: may_write && wanted & PTE_D != 0,
                 });
             }
@@ -576,8 +662,8 @@ impl Core {
         privilege: Privilege,
     ) -> Result<(), Exception> {
         let user = self.is_user(privilege);
-        let entry = self.space().tlb[usize::from(user)][tlb_index(linear)];
-        if entry.write != linear & !(PAGE_SIZE - 1) {
+        let entry = self.space().tlb[tlb_number(user, true)][tlb_index(linear)];
+        if entry.tag != linear & !(PAGE_SIZE - 1) {
             let physical = self.walk(linear, Kind::Write, user)?.physical;
             self.note_store(physical, length);
         }

@@ -150,6 +150,8 @@ fn is_excluded(code: Code) -> bool {
         // host may intercept them before the privilege check
         Mnemonic::Rsm | Mnemonic::Invd | Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => true,
         Mnemonic::Jmp | Mnemonic::Call => is_far(code),
+        // how many bytes of them are fetched before they fault differs
+        Mnemonic::Ud0 | Mnemonic::Ud1 => true,
         // load a segment register
         Mnemonic::Lss | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lds | Mnemonic::Les => true,
         Mnemonic::Mov => {

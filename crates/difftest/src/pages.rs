@@ -6,7 +6,7 @@
 //! does not have.
 
 use crate::case::{Changes, LINE, LINE_MAX};
-use crate::layout::{PAGE, PAGES};
+use crate::layout::{Access, PAGE, PAGES};
 
 const PAGE_BYTES: usize = PAGE as usize;
 
@@ -18,12 +18,13 @@ pub(crate) trait Store {
     fn write(&mut self, index: usize, offset: usize, bytes: &[u8]);
 }
 
-/// Writes `bytes` at linear `address`, across pages. What lies on no page is ignored.
+/// Writes `bytes` at linear `address`, across pages. What lies on no page or on a read-only
+/// one is ignored.
 pub(crate) fn write(store: &mut impl Store, address: u64, bytes: &[u8]) {
-    for (index, &(start, _)) in PAGES.iter().enumerate() {
+    for (index, &(start, access)) in PAGES.iter().enumerate() {
         let from = address.max(start);
-        let to = (address + bytes.len() as u64).min(start + PAGE);
-        if from < to {
+        let to = address.saturating_add(bytes.len() as u64).min(start + PAGE);
+        if from < to && access != Access::ReadOnly {
             let part = &bytes[(from - address) as usize..(to - address) as usize];
             store.write(index, (from - start) as usize, part);
         }

@@ -29,8 +29,6 @@ pub(crate) const LIKELY_MODULES: &[&str] = &[
 const DIRECTORIES: &[&str] = &[
     "bin",
     "dev",
-    "dev/pts",
-    "dev/shm",
     "etc",
     "lib",
     "lib/modules",
@@ -55,6 +53,11 @@ const FILES: &[(&str, u32, &str)] = &[
     ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\n"),
     ("etc/group", 0o644, "root:x:0:\n"),
     ("etc/hosts", 0o644, "127.0.0.1 localhost strata\n"),
+    (
+        "lib/strata/fstab.dev",
+        0o644,
+        include_str!("../guest/fstab.dev"),
+    ),
     ("lib/strata/main", 0o755, include_str!("../guest/main")),
     ("lib/strata/down", 0o755, include_str!("../guest/down")),
 ];

@@ -1,8 +1,8 @@
-//! The default appliance with a progress bar, drawn on the terminal only.
+//! The default appliance, with a progress bar where standard error is a terminal.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::time::Duration;
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use strata_image::{Appliance, Cache, Error, Progress};
 
 /// The default appliance of this user, built first where that is needed.
@@ -23,19 +23,16 @@ struct Bar {
 impl Progress for Bar {
     fn step(&mut self, what: &str, total: Option<u64>) {
         tracing::info!("{what}");
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
-        bar.reset();
-        if let Some(total) = total {
-            bar.set_length(total);
-        } else {
-            bar.unset_length();
+        if let Some(done) = self.bar.take() {
+            done.finish_and_clear();
         }
-        bar.set_style(style(total.is_some()));
-        bar.set_message(what.to_owned());
+        // Drawn from here on: half-made bars would flicker on the terminal.
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::hidden())
+            .with_style(style(total.is_some()))
+            .with_message(what.to_owned());
+        bar.set_draw_target(ProgressDrawTarget::stderr());
+        bar.enable_steady_tick(Duration::from_millis(100));
+        self.bar = Some(bar);
     }
 
     fn advance(&mut self, position: u64) {

@@ -32,6 +32,9 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Tell what this host can do, and which accelerator would be used and why
     Doctor(DoctorArgs),
+    /// Give the terminal back if the process that started this one dies
+    #[command(name = crate::guard::SUBCOMMAND, hide = true)]
+    TerminalGuard,
     /// Print a completion script for a shell
     Completions {
         /// The shell

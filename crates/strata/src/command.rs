@@ -167,7 +167,7 @@ mod tests {
             b"exit -1\n",
             b"exit x\n",
             b"\xff\xfe\n",
-            &[b'a'; 100_000],
+            &vec![b'a'; 100_000],
         ] {
             assert_eq!(after(text), Progress::default());
         }

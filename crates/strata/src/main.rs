@@ -8,6 +8,7 @@ mod command;
 mod console;
 mod doctor;
 mod exit;
+mod guard;
 mod keys;
 mod machine;
 mod manual;
@@ -43,6 +44,10 @@ fn main() -> ExitCode {
                 End::NotStarted
             })
         }
+        Command::TerminalGuard => match guard::watch() {
+            Ok(()) => End::Done,
+            Err(_) => End::NotStarted,
+        },
         Command::Doctor(args) => doctor::doctor(args.output),
         Command::Completions { shell } => print(&manual::completions(shell)),
         Command::Man { subcommand } => match manual::page(subcommand.as_deref()) {

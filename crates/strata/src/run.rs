@@ -9,6 +9,7 @@ use crate::cli::{Accelerator, RunArgs};
 use crate::command::{self, Status};
 use crate::console::{KeyInput, Output, PipeInput, Show, Tail};
 use crate::exit::End;
+use crate::guard::Guard;
 use crate::machine::{
     Accel, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole,
 };
@@ -115,9 +116,13 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         },
         ports: Vec::<ConsolePort>::new(),
     };
+    let mut guard = None;
     if wants_command {
         config.ports = command::ports(&status, &supervisor.stopper());
     } else if on_terminal {
+        guard = Guard::start()
+            .inspect_err(|error| tracing::warn!(%error, "no guard for the terminal"))
+            .ok();
         let keys = KeyInput::start(gate, supervisor.stopper());
         config.console.input = Some(Box::new(keys.map_err(Fault::host("start a thread"))?));
     } else {
@@ -126,7 +131,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
 
     let machine = Machine::build(config).map_err(Fault::Machine)?;
     let raw = if on_terminal {
-        RawMode::enter().map_err(Fault::host("make the terminal raw"))?
+        RawMode::enter(guard).map_err(Fault::host("make the terminal raw"))?
     } else {
         None
     };

@@ -1,17 +1,37 @@
 //! The terminal's mode: raw while a guest's console is on it, and restored on every way out.
 //!
 //! A process has one terminal, so the saved mode is the one global here. A panic hook and the
-//! thread that handles signals reach it too.
+//! thread that handles signals reach it too; `guard` is for what neither can catch.
 
 use std::io::{self, IsTerminal};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
+use crate::guard::Guard;
+
 struct Modes {
     before: Termios,
     raw: Termios,
     is_raw: bool,
+    /// Restores the terminal where this process cannot; not always there.
+    guard: Option<Guard>,
+}
+
+impl Modes {
+    fn change(&mut self, raw: bool) -> io::Result<()> {
+        // The guard learns first of raw and last of restored, so that it never misses raw.
+        if let Some(guard) = self.guard.as_mut().filter(|_| raw) {
+            guard.mode_is(true);
+        }
+        let mode = if raw { &self.raw } else { &self.before };
+        tcsetattr(io::stdin(), OptionalActions::Now, mode)?;
+        if let Some(guard) = self.guard.as_mut().filter(|_| !raw) {
+            guard.mode_is(false);
+        }
+        self.is_raw = raw;
+        Ok(())
+    }
 }
 
 static MODES: Mutex<Option<Modes>> = Mutex::new(None);
@@ -26,7 +46,7 @@ pub(crate) struct RawMode(());
 
 impl RawMode {
     /// Makes the terminal on standard input raw; `None` where that is no terminal.
-    pub(crate) fn enter() -> io::Result<Option<Self>> {
+    pub(crate) fn enter(guard: Option<Guard>) -> io::Result<Option<Self>> {
         let stdin = io::stdin();
         if !stdin.is_terminal() {
             return Ok(None);
@@ -38,6 +58,7 @@ impl RawMode {
             before,
             raw,
             is_raw: false,
+            guard,
         });
         set_raw()?;
         Ok(Some(Self(())))
@@ -53,8 +74,7 @@ impl Drop for RawMode {
 /// Makes the terminal raw again after [`restore`], if it ever was.
 pub(crate) fn set_raw() -> io::Result<()> {
     if let Some(modes) = &mut *modes() {
-        tcsetattr(io::stdin(), OptionalActions::Now, &modes.raw)?;
-        modes.is_raw = true;
+        modes.change(true)?;
     }
     Ok(())
 }
@@ -65,8 +85,7 @@ pub(crate) fn restore() {
         && modes.is_raw
     {
         // Nothing helps where this fails: the terminal is gone.
-        let _ = tcsetattr(io::stdin(), OptionalActions::Now, &modes.before);
-        modes.is_raw = false;
+        let _ = modes.change(false);
     }
 }
 

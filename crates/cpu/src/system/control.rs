@@ -45,12 +45,20 @@ const DR6_BD: u64 = 1 << 13;
 const KVM_ENOSYS: i64 = -1000;
 
 pub(super) fn require_cpl0(core: &Core) -> Done {
-    if core.state.cpl == 0 { Ok(()) } else { Err(Exception::general_protection(0)) }
+    if core.state.cpl == 0 {
+        Ok(())
+    } else {
+        Err(Exception::general_protection(0))
+    }
 }
 
 /// SGDT and friends outside ring 0.
 pub(super) fn require_no_umip(core: &Core) -> Done {
-    if core.state.cr4 & cr4::UMIP != 0 { require_cpl0(core) } else { Ok(()) }
+    if core.state.cr4 & cr4::UMIP != 0 {
+        require_cpl0(core)
+    } else {
+        Ok(())
+    }
 }
 
 /// The host's time stamp counter.
@@ -76,7 +84,7 @@ pub(super) fn hlt(core: &mut Core, instr: &Instruction) -> Result<Flow, Exceptio
     Ok(Flow::Halt)
 }
 
-pub(super) fn cpuid(core: &mut Core) -> Done {
+pub(super) fn cpuid(core: &mut Core) {
     let leaf = core.state.gpr[gpr::RAX] as u32;
     let subleaf = core.state.gpr[gpr::RCX] as u32;
     let [eax, ebx, ecx, edx] = table::cpuid(core, leaf, subleaf);
@@ -84,11 +92,14 @@ pub(super) fn cpuid(core: &mut Core) -> Done {
     core.state.gpr[gpr::RBX] = u64::from(ebx);
     core.state.gpr[gpr::RCX] = u64::from(ecx);
     core.state.gpr[gpr::RDX] = u64::from(edx);
-    Ok(())
 }
 
 fn require_tsc(core: &Core) -> Done {
-    if core.state.cr4 & cr4::TSD != 0 { require_cpl0(core) } else { Ok(()) }
+    if core.state.cr4 & cr4::TSD != 0 {
+        require_cpl0(core)
+    } else {
+        Ok(())
+    }
 }
 
 pub(super) fn rdtsc(core: &mut Core) -> Done {
@@ -150,7 +161,10 @@ pub(super) fn mov_from_cr(core: &mut Core, bus: &dyn Bus, to: Register, from: Re
 
 pub(super) fn mov_to_cr(core: &mut Core, bus: &dyn Bus, to: Register, from: Register) -> Done {
     let value = core.gpr(from.full_register());
-    if !matches!(to, Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 | Register::CR8) {
+    if !matches!(
+        to,
+        Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 | Register::CR8
+    ) {
         return Err(Exception::undefined());
     }
     require_cpl0(core)?;
@@ -280,7 +294,11 @@ pub(super) fn mov_to_dr(core: &mut Core, to: Register, from: Register) -> Done {
 }
 
 fn require_xcr0(core: &Core) -> Done {
-    if core.state.cr4 & cr4::OSXSAVE == 0 { Err(Exception::undefined()) } else { Ok(()) }
+    if core.state.cr4 & cr4::OSXSAVE == 0 {
+        Err(Exception::undefined())
+    } else {
+        Ok(())
+    }
 }
 
 pub(super) fn xgetbv(core: &mut Core) -> Done {

@@ -23,7 +23,8 @@ mod leaf1_ecx {
     pub(super) const FMA: u32 = 1 << 12;
     pub(super) const HYPERVISOR: u32 = 1 << 31;
     /// SSE3, PCLMULQDQ, SSSE3, CX16, SSE4.1, SSE4.2, MOVBE, POPCNT, AES, RDRAND.
-    pub(super) const HOST: u32 = 1 | 1 << 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22 | 1 << 23 | 1 << 25 | 1 << 30;
+    pub(super) const HOST: u32 =
+        1 | 1 << 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22 | 1 << 23 | 1 << 25 | 1 << 30;
 }
 
 /// Bits of leaf 1, EDX.
@@ -121,7 +122,11 @@ fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
 
 /// The host's leaf if it has it, else zeros.
 fn host_or_zero(leaf: u32, subleaf: u32) -> [u32; 4] {
-    if host(leaf & 0x8000_0000, 0)[0] >= leaf { host(leaf, subleaf) } else { [0; 4] }
+    if host(leaf & 0x8000_0000, 0)[0] >= leaf {
+        host(leaf, subleaf)
+    } else {
+        [0; 4]
+    }
 }
 
 /// Where a vCPU stands in its machine: its APIC id and how many vCPUs there are.
@@ -143,12 +148,22 @@ impl Table {
     /// frequency of the guest's TSC; 0 leaves out the leaves that tell it.
     pub(crate) fn from_host(tsc_khz: u32, apic_id: u32, cpus: u32) -> Self {
         let leaf0 = host(0, 0);
-        let name: Vec<u8> = [leaf0[1], leaf0[3], leaf0[2]].iter().flat_map(|r| r.to_le_bytes()).collect();
+        let name: Vec<u8> = [leaf0[1], leaf0[3], leaf0[2]]
+            .iter()
+            .flat_map(|r| r.to_le_bytes())
+            .collect();
         let amd = name == b"AuthenticAMD" || name == b"HygonGenuine";
         let vendor = if amd { Vendor::Amd } else { Vendor::Intel };
         let avx = std::is_x86_feature_detected!("avx") && std::is_x86_feature_detected!("avx2");
-        let place = Place { apic_id, cpus: cpus.max(1) };
-        let mut table = Self { vendor, rows: Vec::new(), xcr0: if avx { 7 } else { 3 } };
+        let place = Place {
+            apic_id,
+            cpus: cpus.max(1),
+        };
+        let mut table = Self {
+            vendor,
+            rows: Vec::new(),
+            xcr0: if avx { 7 } else { 3 },
+        };
         table.basic(leaf0, tsc_khz, place);
         table.hypervisor(tsc_khz);
         table.extended(place);
@@ -194,7 +209,11 @@ impl Table {
         self.put(6, ANY, [1 << 2, 0, 0, 0]);
         self.leaf7();
         self.put(0xb, 0, [0, 1, 1 << 8, place.apic_id]);
-        self.put(0xb, 1, [place.shift(), place.cpus, 2 << 8 | 1, place.apic_id]);
+        self.put(
+            0xb,
+            1,
+            [place.shift(), place.cpus, 2 << 8 | 1, place.apic_id],
+        );
         self.put(0xb, ANY, [0, 0, 2, place.apic_id]);
         self.put(0xd, 0, [self.xcr0 as u32, 0, self.xsave_size(), 0]);
         // XSAVEOPT and XSAVEC
@@ -205,7 +224,16 @@ impl Table {
         if tsc_khz != 0 {
             let hz = u64::from(tsc_khz) * 1000;
             let common = gcd(hz, CRYSTAL_HZ);
-            self.put(0x15, ANY, [(CRYSTAL_HZ / common) as u32, (hz / common) as u32, CRYSTAL_HZ as u32, 0]);
+            self.put(
+                0x15,
+                ANY,
+                [
+                    (CRYSTAL_HZ / common) as u32,
+                    (hz / common) as u32,
+                    CRYSTAL_HZ as u32,
+                    0,
+                ],
+            );
         }
     }
 
@@ -217,7 +245,8 @@ impl Table {
     fn intel_caches(&mut self) {
         for subleaf in 0..8 {
             let mut cache = host_or_zero(4, subleaf);
-            if cache[0] & 0x1f == 0 {
+            // type 0: no more caches
+            if cache[0].trailing_zeros() >= 5 {
                 break;
             }
             cache[0] &= 0x3fff;
@@ -231,15 +260,23 @@ impl Table {
         if self.avx() {
             ebx |= leaf7[1] & leaf7::EBX_AVX2;
         }
-        let intel = if self.vendor == Vendor::Intel { leaf7::EDX_INTEL } else { 0 };
+        let intel = if self.vendor == Vendor::Intel {
+            leaf7::EDX_INTEL
+        } else {
+            0
+        };
         self.put(7, 0, [0, ebx, leaf7::ECX_OWN, leaf7::EDX_OWN | intel]);
     }
 
     /// The leaves that tell the guest what it runs on. The signature and the features are
-    /// those of KVM's paravirtual interface, the frequencies those of VMware's.
+    /// those of KVM's paravirtual interface; the leaf of frequencies is also known there.
     fn hypervisor(&mut self, tsc_khz: u32) {
         let word = |text: &[u8; 4]| u32::from_le_bytes(*text);
-        self.put(0x4000_0000, ANY, [0x4000_0010, word(b"KVMK"), word(b"VMKV"), word(b"M\0\0\0")]);
+        self.put(
+            0x4000_0000,
+            ANY,
+            [0x4000_0010, word(b"KVMK"), word(b"VMKV"), word(b"M\0\0\0")],
+        );
         self.put(0x4000_0001, ANY, [KVM_FEATURES, 0, 0, 0]);
         self.put(0x4000_0010, ANY, [tsc_khz, APIC_BUS_KHZ, 0, 0]);
     }
@@ -248,7 +285,11 @@ impl Table {
         let amd = self.vendor == Vendor::Amd;
         let leaf0 = host(0x8000_0000, 0);
         let max = if amd { 0x8000_0021 } else { 0x8000_0008 };
-        let name = if amd { [leaf0[1], leaf0[2], leaf0[3]] } else { [0; 3] };
+        let name = if amd {
+            [leaf0[1], leaf0[2], leaf0[3]]
+        } else {
+            [0; 3]
+        };
         self.put(0x8000_0000, ANY, [max, name[0], name[1], name[2]]);
 
         let leaf1 = host_or_zero(0x8000_0001, 0);
@@ -262,30 +303,47 @@ impl Table {
             edx |= leaf1[3] & extended::EDX_MMXEXT;
             edx |= self.get(1, 0)[3] & extended::EDX_MIRROR;
         }
-        self.put(0x8000_0001, ANY, [if amd { leaf1[0] } else { 0 }, 0, ecx, edx]);
+        self.put(
+            0x8000_0001,
+            ANY,
+            [if amd { leaf1[0] } else { 0 }, 0, ecx, edx],
+        );
         for leaf in 0x8000_0002..=0x8000_0006 {
             self.put(leaf, ANY, host_or_zero(leaf, 0));
         }
         // invariant TSC
         self.put(0x8000_0007, ANY, [0, 0, 0, 1 << 8]);
         let cores = place.shift() << 12 | (place.cpus - 1) & 0xff;
-        self.put(0x8000_0008, ANY, [PHYSICAL_BITS | 48 << 8, extended::EBX_CLEAN, cores, 0]);
+        self.put(
+            0x8000_0008,
+            ANY,
+            [PHYSICAL_BITS | 48 << 8, extended::EBX_CLEAN, cores, 0],
+        );
         if amd {
             for subleaf in 0..8 {
                 let mut cache = host_or_zero(0x8000_001d, subleaf);
-                if cache[0] & 0x1f == 0 {
+                if cache[0].trailing_zeros() >= 5 {
                     break;
                 }
                 cache[0] &= 0x3fff;
                 self.put(0x8000_001d, subleaf, cache);
             }
-            self.put(0x8000_001e, ANY, [place.apic_id, place.apic_id & 0xff, 0, 0]);
+            self.put(
+                0x8000_001e,
+                ANY,
+                [place.apic_id, place.apic_id & 0xff, 0, 0],
+            );
             self.put(0x8000_0021, ANY, [extended::EAX_21, 0, extended::ECX_21, 0]);
         }
     }
 
     fn get(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let find = |sub| self.rows.iter().find(|r| r.0 == leaf && r.1 == sub).map(|r| r.2);
+        let find = |sub| {
+            self.rows
+                .iter()
+                .find(|r| r.0 == leaf && r.1 == sub)
+                .map(|r| r.2)
+        };
         find(subleaf).or_else(|| find(ANY)).unwrap_or([0; 4])
     }
 

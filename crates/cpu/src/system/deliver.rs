@@ -51,7 +51,12 @@ struct Entry {
 
 /// What comes of a fault during the delivery of another (Intel SDM vol. 3A, table 6-5).
 fn combine(first: u8, second: Exception) -> Result<Exception, TripleFault> {
-    let contributory = |v| matches!(v, vector::DE | vector::TS | vector::NP | vector::SS | vector::GP);
+    let contributory = |v| {
+        matches!(
+            v,
+            vector::DE | vector::TS | vector::NP | vector::SS | vector::GP
+        )
+    };
     if first == vector::DF {
         return Err(TripleFault);
     }
@@ -60,11 +65,18 @@ fn combine(first: u8, second: Exception) -> Result<Exception, TripleFault> {
         first if contributory(first) => contributory(second.vector),
         _ => false,
     };
-    Ok(if double { Exception::with_code(vector::DF, 0) } else { second })
+    Ok(if double {
+        Exception::with_code(vector::DF, 0)
+    } else {
+        second
+    })
 }
 
 fn is_fault(vector: u8) -> bool {
-    !matches!(vector, vector::DB | vector::NMI | vector::BP | vector::OF | vector::DF)
+    !matches!(
+        vector,
+        vector::DB | vector::NMI | vector::BP | vector::OF | vector::DF
+    )
 }
 
 fn deliver(core: &mut Core, bus: &dyn Bus, mut event: Event) -> Result<(), TripleFault> {
@@ -72,10 +84,10 @@ fn deliver(core: &mut Core, bus: &dyn Bus, mut event: Event) -> Result<(), Tripl
         let Err(next) = enter(core, bus, &event) else {
             return Ok(());
         };
-        let next = combine(event.vector, next)?;
         if let Some(address) = next.address {
             core.state.cr2 = address;
         }
+        let next = combine(event.vector, next)?;
         event = Event {
             vector: next.vector,
             error_code: next.error_code,
@@ -109,11 +121,21 @@ pub(crate) fn deliver_exception(
 }
 
 /// Delivers an external interrupt, or an NMI if `vector` is 2, between instructions.
-pub(crate) fn deliver_interrupt(core: &mut Core, bus: &dyn Bus, vector: u8) -> Result<(), TripleFault> {
+pub(crate) fn deliver_interrupt(
+    core: &mut Core,
+    bus: &dyn Bus,
+    vector: u8,
+) -> Result<(), TripleFault> {
     if vector == vector::NMI {
         core.state.nmi_blocked = true;
     }
-    let event = Event { vector, error_code: None, rip: core.state.rip, software: false, resume: false };
+    let event = Event {
+        vector,
+        error_code: None,
+        rip: core.state.rip,
+        software: false,
+        resume: false,
+    };
     deliver(core, bus, event)
 }
 
@@ -130,14 +152,26 @@ pub(super) fn software_interrupt(
     vector: u8,
     next_ip: u64,
 ) -> Result<Flow, Exception> {
-    let event = Event { vector, error_code: None, rip: next_ip, software: true, resume: false };
+    let event = Event {
+        vector,
+        error_code: None,
+        rip: next_ip,
+        software: true,
+        resume: false,
+    };
     enter(core, bus, &event)?;
     Ok(Flow::Jump)
 }
 
 /// INT1: a #DB that no gate DPL stops and that DR6 does not tell of.
 pub(super) fn int1(core: &mut Core, bus: &dyn Bus, next_ip: u64) -> Result<Flow, Exception> {
-    let event = Event { vector: vector::DB, error_code: None, rip: next_ip, software: false, resume: false };
+    let event = Event {
+        vector: vector::DB,
+        error_code: None,
+        rip: next_ip,
+        software: false,
+        resume: false,
+    };
     enter(core, bus, &event)?;
     core.state.dr[5] &= !DR7_GD;
     Ok(Flow::Jump)
@@ -197,7 +231,11 @@ fn find_entry(core: &mut Core, bus: &dyn Bus, gate: &Gate, ext: u32) -> Result<E
     if !code.present() {
         return Err(Exception::not_present(u32::from(gate.selector & !3) | ext));
     }
-    let new_cpl = if code.is_conforming() { cpl } else { code.dpl() };
+    let new_cpl = if code.is_conforming() {
+        cpl
+    } else {
+        code.dpl()
+    };
     let rsp = if gate.ist != 0 {
         tss_stack(core, bus, 0x24 + (u64::from(gate.ist) - 1) * 8, ext)?
     } else if new_cpl != cpl {
@@ -208,7 +246,12 @@ fn find_entry(core: &mut Core, bus: &dyn Bus, gate: &Gate, ext: u32) -> Result<E
     if !Core::canonical(gate.offset) {
         return Err(Exception::general_protection(ext));
     }
-    Ok(Entry { code, selector: gate.selector & !3 | u16::from(new_cpl), cpl: new_cpl, rsp: rsp & !15 })
+    Ok(Entry {
+        code,
+        selector: gate.selector & !3 | u16::from(new_cpl),
+        cpl: new_cpl,
+        rsp: rsp & !15,
+    })
 }
 
 /// Enters the handler of `event`, or changes nothing.
@@ -237,12 +280,24 @@ fn enter(core: &mut Core, bus: &dyn Bus, event: &Event) -> Result<(), Exception>
     for (slot, value) in frame.chunks_exact_mut(8).zip(values) {
         slot.copy_from_slice(&value.to_le_bytes());
     }
-    let frame = if event.error_code.is_some() { &frame[..] } else { &frame[8..] };
+    let frame = if event.error_code.is_some() {
+        &frame[..]
+    } else {
+        &frame[8..]
+    };
     let rsp = entry.rsp.wrapping_sub(frame.len() as u64);
-    let privilege = if entry.cpl == 3 { Privilege::Current } else { Privilege::Supervisor };
+    let privilege = if entry.cpl == 3 {
+        Privilege::Current
+    } else {
+        Privilege::Supervisor
+    };
     let code = entry.code.mark_accessed(core, bus)?;
     core.write_linear(bus, rsp, frame, privilege).map_err(|e| {
-        if e == Exception::general_protection(0) { Exception::stack_fault(ext) } else { e }
+        if e == Exception::general_protection(0) {
+            Exception::stack_fault(ext)
+        } else {
+            e
+        }
     })?;
 
     let state = &mut *core.state;

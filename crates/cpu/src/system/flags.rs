@@ -10,7 +10,8 @@ use crate::mmu::Core;
 use crate::state::{gpr, rflags};
 
 /// The flags that POPF and IRET may set at any privilege level.
-pub(super) const FREE: u64 = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
+pub(super) const FREE: u64 =
+    rflags::STATUS | rflags::TF | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
 
 /// The flags that POPF and IRET may change now.
 pub(super) fn changeable(core: &Core) -> u64 {
@@ -24,15 +25,12 @@ pub(super) fn changeable(core: &Core) -> u64 {
     mask
 }
 
-/// Sets the flags in `mask` from `value`, clears RF, and has interrupts looked for if they
-/// are now enabled.
+/// Sets the flags in `mask` from `value` and clears RF. Interrupts that were held back by IF
+/// are still noted in [`Core::check_interrupts`].
 pub(super) fn set(core: &mut Core, value: u64, mask: u64) {
     let old = core.state.rflags();
     let new = (old & !mask | value & mask) & !rflags::RF;
     core.state.set_rflags(new);
-    if new & rflags::IF != 0 {
-        core.check_interrupts = true;
-    }
 }
 
 impl Core {
@@ -57,7 +55,6 @@ pub(super) fn sti(core: &mut Core) -> Done {
     if core.state.system_flags & rflags::IF == 0 {
         core.state.system_flags |= rflags::IF;
         core.state.interrupt_shadow = true;
-        core.check_interrupts = true;
     }
     Ok(())
 }

@@ -38,7 +38,12 @@ pub(super) enum Form {
 }
 
 fn u32_at(bytes: &[u8], offset: usize) -> u32 {
-    u32::from_le_bytes([bytes[offset], bytes[offset + 1], bytes[offset + 2], bytes[offset + 3]])
+    u32::from_le_bytes([
+        bytes[offset],
+        bytes[offset + 1],
+        bytes[offset + 2],
+        bytes[offset + 3],
+    ])
 }
 
 pub(super) fn u64_at(bytes: &[u8], offset: usize) -> u64 {
@@ -68,7 +73,8 @@ impl State {
     }
 
     fn set_in_use(&mut self, components: u64) {
-        self.xsave.0[XSAVE_HEADER_OFFSET..XSAVE_HEADER_OFFSET + 8].copy_from_slice(&components.to_le_bytes());
+        self.xsave.0[XSAVE_HEADER_OFFSET..XSAVE_HEADER_OFFSET + 8]
+            .copy_from_slice(&components.to_le_bytes());
         self.xsave.0[XSAVE_HEADER_OFFSET + 8..XSAVE_AVX_OFFSET].fill(0);
     }
 
@@ -121,7 +127,8 @@ impl State {
     fn load_x87(&mut self, image: &[u8; XMM_END]) {
         self.xsave.0[..6].copy_from_slice(&image[..6]);
         self.xsave.0[6..MXCSR_OFFSET].fill(0);
-        self.xsave.0[X87_REGISTERS..XMM_REGISTERS].copy_from_slice(&image[X87_REGISTERS..XMM_REGISTERS]);
+        self.xsave.0[X87_REGISTERS..XMM_REGISTERS]
+            .copy_from_slice(&image[X87_REGISTERS..XMM_REGISTERS]);
     }
 }
 
@@ -134,18 +141,32 @@ pub(crate) fn fpu_exception(core: &Core, instr: &Instruction) -> Exception {
     let ts = state.cr0 & cr0::TS != 0;
     let not_available = Exception::new(vector::NM);
     if instr.mnemonic() == Mnemonic::Wait {
-        return if ts && state.cr0 & cr0::MP != 0 { not_available } else { Exception::undefined() };
+        return if ts && state.cr0 & cr0::MP != 0 {
+            not_available
+        } else {
+            Exception::undefined()
+        };
     }
     let Some(unit) = unit_of(instr) else {
         return Exception::undefined();
     };
     let undefined = match unit {
-        Unit::X87 => return if em || ts { not_available } else { Exception::undefined() },
+        Unit::X87 => {
+            return if em || ts {
+                not_available
+            } else {
+                Exception::undefined()
+            };
+        }
         Unit::Mmx => em,
         Unit::Sse => em || state.cr4 & cr4::OSFXSR == 0,
         Unit::Avx => avx_undefined(core),
     };
-    if !undefined && ts { not_available } else { Exception::undefined() }
+    if !undefined && ts {
+        not_available
+    } else {
+        Exception::undefined()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -161,9 +182,15 @@ fn unit_of(instr: &Instruction) -> Option<Unit> {
     let unit = |feature: &CpuidFeature| match feature {
         F::FPU | F::FPU287 | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY => Some(Unit::X87),
         F::MMX => Some(Unit::Mmx),
-        F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::AES | F::PCLMULQDQ | F::SHA => {
-            Some(Unit::Sse)
-        }
+        F::SSE
+        | F::SSE2
+        | F::SSE3
+        | F::SSSE3
+        | F::SSE4_1
+        | F::SSE4_2
+        | F::AES
+        | F::PCLMULQDQ
+        | F::SHA => Some(Unit::Sse),
         F::AVX | F::AVX2 | F::FMA | F::F16C => Some(Unit::Avx),
         _ => None,
     };
@@ -192,12 +219,20 @@ pub(super) fn require_sse(core: &Core) -> Done {
 
 /// #NM when CR0.TS is set.
 pub(super) fn require_no_ts(core: &Core) -> Done {
-    if core.state.cr0 & cr0::TS != 0 { Err(Exception::new(vector::NM)) } else { Ok(()) }
+    if core.state.cr0 & cr0::TS != 0 {
+        Err(Exception::new(vector::NM))
+    } else {
+        Ok(())
+    }
 }
 
 /// #NM when CR0.EM or CR0.TS is set.
 pub(super) fn require_x87(core: &Core) -> Done {
-    if core.state.cr0 & (cr0::EM | cr0::TS) != 0 { Err(Exception::new(vector::NM)) } else { Ok(()) }
+    if core.state.cr0 & (cr0::EM | cr0::TS) != 0 {
+        Err(Exception::new(vector::NM))
+    } else {
+        Ok(())
+    }
 }
 
 fn aligned(core: &Core, instr: &Instruction, alignment: u64) -> Result<Address, Exception> {
@@ -251,24 +286,40 @@ fn requested(core: &Core) -> Result<u64, Exception> {
 pub(super) fn xsave(core: &mut Core, bus: &dyn Bus, instr: &Instruction, form: Form) -> Done {
     let rfbm = requested(core)?;
     let address = aligned(core, instr, 64)?;
-    let size = if rfbm & AVX != 0 { XSAVE_SIZE } else { XSAVE_AVX_OFFSET };
+    let size = if rfbm & AVX != 0 {
+        XSAVE_SIZE
+    } else {
+        XSAVE_AVX_OFFSET
+    };
     address.probe_write(core, size as u64)?;
     let mut in_use = core.state.in_use();
     if form == Form::Compacted && core.state.mxcsr() != MXCSR_INITIAL {
         in_use |= SSE;
     }
     let header = address.plus(XSAVE_HEADER_OFFSET as u64);
-    let old = if form == Form::Compacted { 0 } else { header.read_uint(core, bus, 8)? };
+    let old = if form == Form::Compacted {
+        0
+    } else {
+        header.read_uint(core, bus, 8)?
+    };
 
     let image = core.state.legacy_image();
-    let written = if form == Form::Plain { rfbm } else { rfbm & in_use };
+    let written = if form == Form::Plain {
+        rfbm
+    } else {
+        rfbm & in_use
+    };
     let mut put = |from: usize, bytes: &[u8]| address.plus(from as u64).write(core, bus, bytes);
     if written & X87 != 0 {
         put(0, &image[..MXCSR_OFFSET])?;
         put(X87_REGISTERS, &image[X87_REGISTERS..XMM_REGISTERS])?;
     }
     // MXCSR belongs to SSE in the compacted form, else to SSE and AVX both
-    let with_mxcsr = if form == Form::Compacted { written & SSE } else { rfbm & (SSE | AVX) };
+    let with_mxcsr = if form == Form::Compacted {
+        written & SSE
+    } else {
+        rfbm & (SSE | AVX)
+    };
     if with_mxcsr != 0 {
         put(MXCSR_OFFSET, &image[MXCSR_OFFSET..X87_REGISTERS])?;
     }
@@ -278,12 +329,16 @@ pub(super) fn xsave(core: &mut Core, bus: &dyn Bus, instr: &Instruction, form: F
     if written & AVX != 0 {
         let mut high = [0; XSAVE_SIZE - XSAVE_AVX_OFFSET];
         high.copy_from_slice(&core.state.xsave.0[XSAVE_AVX_OFFSET..]);
-        address.plus(XSAVE_AVX_OFFSET as u64).write(core, bus, &high)?;
+        address
+            .plus(XSAVE_AVX_OFFSET as u64)
+            .write(core, bus, &high)?;
     }
     let bv = old & !rfbm | rfbm & in_use;
     header.write(core, bus, &bv.to_le_bytes())?;
     if form == Form::Compacted {
-        header.plus(8).write(core, bus, &(rfbm | COMPACTED).to_le_bytes())?;
+        header
+            .plus(8)
+            .write(core, bus, &(rfbm | COMPACTED).to_le_bytes())?;
     }
     Ok(())
 }
@@ -293,8 +348,16 @@ fn checked_header(core: &Core, header: &[u8; 64]) -> Result<(u64, bool), Excepti
     let bv = u64_at(header, 0);
     let comp = u64_at(header, 8);
     let compacted = comp & COMPACTED != 0;
-    let allowed = if compacted { comp & !COMPACTED } else { core.state.xcr0 };
-    let reserved = if compacted { &header[16..] } else { &header[8..24] };
+    let allowed = if compacted {
+        comp & !COMPACTED
+    } else {
+        core.state.xcr0
+    };
+    let reserved = if compacted {
+        &header[16..]
+    } else {
+        &header[8..24]
+    };
     if bv & !allowed != 0 || allowed & !core.state.xcr0 != 0 || reserved.iter().any(|b| *b != 0) {
         return Err(Exception::general_protection(0));
     }
@@ -307,7 +370,11 @@ pub(super) fn xrstor(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
     let header: [u8; 64] = address.plus(XSAVE_HEADER_OFFSET as u64).read(core, bus)?;
     let (bv, compacted) = checked_header(core, &header)?;
     let loaded = rfbm & bv;
-    let mxcsr_wanted = if compacted { loaded & SSE } else { rfbm & (SSE | AVX) };
+    let mxcsr_wanted = if compacted {
+        loaded & SSE
+    } else {
+        rfbm & (SSE | AVX)
+    };
 
     // everything that can fault comes before the first change
     let mut image = [0; XMM_END];
@@ -316,7 +383,9 @@ pub(super) fn xrstor(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
     }
     let mut high = [0; XSAVE_SIZE - XSAVE_AVX_OFFSET];
     if loaded & AVX != 0 {
-        address.plus(XSAVE_AVX_OFFSET as u64).read_into(core, bus, &mut high)?;
+        address
+            .plus(XSAVE_AVX_OFFSET as u64)
+            .read_into(core, bus, &mut high)?;
     }
     let mxcsr = if mxcsr_wanted != 0 {
         checked_mxcsr(&image)?

@@ -47,7 +47,10 @@ fn top(fsw: u16) -> usize {
 /// The full tag of a register: valid, zero, special or empty.
 fn tag(image: &[u8]) -> u16 {
     let exponent = u16::from_le_bytes([image[8], image[9]]) & 0x7fff;
-    let mantissa = image[..8].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
+    let mantissa = image[..8]
+        .iter()
+        .rev()
+        .fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
     match (exponent, mantissa) {
         (0, 0) => 1,
         (0 | 0x7fff, _) => 2,
@@ -61,10 +64,18 @@ fn environment(state: &State) -> Environment {
     let present = state.xsave.0[FTW];
     let tags = (0..8).fold(0, |tags, physical: usize| {
         let st = physical.wrapping_sub(top(fsw)) & 7;
-        let value = if present >> physical & 1 == 0 { 3 } else { tag(&state.xsave.0[slot(st)..][..10]) };
+        let value = if present >> physical & 1 == 0 {
+            3
+        } else {
+            tag(&state.xsave.0[slot(st)..][..10])
+        };
         tags | value << (2 * physical)
     });
-    Environment { fcw: word(state, FCW), fsw, tags }
+    Environment {
+        fcw: word(state, FCW),
+        fsw,
+        tags,
+    }
 }
 
 /// Sets TOP while the physical registers stay: ST(i) move to other slots.
@@ -145,7 +156,11 @@ fn parse(bytes: &[u8], word: bool) -> Environment {
         let offset = if word { 2 * i } else { 4 * i };
         u16::from_le_bytes([bytes[offset], bytes[offset + 1]])
     };
-    Environment { fcw: at(0), fsw: at(1), tags: at(2) }
+    Environment {
+        fcw: at(0),
+        fsw: at(1),
+        tags: at(2),
+    }
 }
 
 /// #MF where an unmasked x87 exception is pending.

@@ -29,7 +29,11 @@ pub(super) fn require_ports(core: &mut Core, bus: &dyn Bus, port: u16, size: u8)
     if at + 1 > limit {
         return fault;
     }
-    let bits = u16::from_le_bytes(core.read_bytes(bus, tr.base.wrapping_add(at), Privilege::Supervisor)?);
+    let bits = u16::from_le_bytes(core.read_bytes(
+        bus,
+        tr.base.wrapping_add(at),
+        Privilege::Supervisor,
+    )?);
     let wanted = (1_u16 << size) - 1;
     if bits >> (port % 8) & wanted != 0 {
         return fault;

@@ -20,12 +20,18 @@ pub(super) struct Address {
 impl Address {
     /// An address relative to DS, or to FS or GS with its base already added.
     pub(super) fn data(linear: u64) -> Self {
-        Self { linear, stack: false }
+        Self {
+            linear,
+            stack: false,
+        }
     }
 
     /// An address relative to SS.
     pub(super) fn stack(linear: u64) -> Self {
-        Self { linear, stack: true }
+        Self {
+            linear,
+            stack: true,
+        }
     }
 
     /// The address of the instruction's memory operand.
@@ -35,13 +41,17 @@ impl Address {
         let narrow = base.is_gpr32()
             || index.is_gpr32()
             || base == Register::EIP
-            || (base == Register::None && index == Register::None && instr.memory_displ_size() == 4);
+            || (base == Register::None
+                && index == Register::None
+                && instr.memory_displ_size() == 4);
         let mut offset = instr.memory_displacement64();
         if base.is_gpr() {
             offset = offset.wrapping_add(core.gpr(base));
         }
         if index.is_gpr() {
-            let scaled = core.gpr(index).wrapping_mul(u64::from(instr.memory_index_scale()));
+            let scaled = core
+                .gpr(index)
+                .wrapping_mul(u64::from(instr.memory_index_scale()));
             offset = offset.wrapping_add(scaled);
         }
         if narrow {
@@ -58,7 +68,10 @@ impl Address {
 
     /// The address `bytes` further.
     pub(super) fn plus(self, bytes: u64) -> Self {
-        Self { linear: self.linear.wrapping_add(bytes), ..self }
+        Self {
+            linear: self.linear.wrapping_add(bytes),
+            ..self
+        }
     }
 
     /// Turns the #GP(0) of a non-canonical address into #SS(0) where it must be.
@@ -69,38 +82,56 @@ impl Address {
         exception
     }
 
-    pub(super) fn read<const N: usize>(self, core: &mut Core, bus: &dyn Bus) -> Result<[u8; N], Exception> {
-        core.read_bytes(bus, self.linear, Privilege::Current).map_err(|e| self.fault(e))
+    pub(super) fn read<const N: usize>(
+        self,
+        core: &mut Core,
+        bus: &dyn Bus,
+    ) -> Result<[u8; N], Exception> {
+        core.read_bytes(bus, self.linear, Privilege::Current)
+            .map_err(|e| self.fault(e))
     }
 
     pub(super) fn read_into(self, core: &mut Core, bus: &dyn Bus, data: &mut [u8]) -> Done {
-        core.read_linear(bus, self.linear, data, Privilege::Current).map_err(|e| self.fault(e))
+        core.read_linear(bus, self.linear, data, Privilege::Current)
+            .map_err(|e| self.fault(e))
     }
 
     /// Reads a little-endian integer of `size` (1 to 8) bytes.
-    pub(super) fn read_uint(self, core: &mut Core, bus: &dyn Bus, size: usize) -> Result<u64, Exception> {
+    pub(super) fn read_uint(
+        self,
+        core: &mut Core,
+        bus: &dyn Bus,
+        size: usize,
+    ) -> Result<u64, Exception> {
         let mut data = [0; 8];
         self.read_into(core, bus, &mut data[..size.min(8)])?;
         Ok(u64::from_le_bytes(data))
     }
 
     pub(super) fn write(self, core: &mut Core, bus: &dyn Bus, data: &[u8]) -> Done {
-        core.write_linear(bus, self.linear, data, Privilege::Current).map_err(|e| self.fault(e))
+        core.write_linear(bus, self.linear, data, Privilege::Current)
+            .map_err(|e| self.fault(e))
     }
 
     /// Checks that `length` bytes could be written.
     pub(super) fn probe_write(self, core: &mut Core, length: u64) -> Done {
-        core.probe_write(self.linear, length, Privilege::Current).map_err(|e| self.fault(e))
+        core.probe_write(self.linear, length, Privilege::Current)
+            .map_err(|e| self.fault(e))
     }
 
     /// Checks that a byte could be read.
     pub(super) fn probe_read(self, core: &mut Core) -> Done {
-        core.target(self.linear, Kind::Read, Privilege::Current).map(drop).map_err(|e| self.fault(e))
+        core.target(self.linear, Kind::Read, Privilege::Current)
+            .map(drop)
+            .map_err(|e| self.fault(e))
     }
 }
 
 fn is_high_byte(register: Register) -> bool {
-    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
+    matches!(
+        register,
+        Register::AH | Register::CH | Register::DH | Register::BH
+    )
 }
 
 impl Core {
@@ -158,7 +189,11 @@ impl Core {
     ) -> Result<u64, Exception> {
         if instr.op_kind(operand) == OpKind::Register {
             let value = self.gpr(instr.op_register(operand));
-            return Ok(if size >= 8 { value } else { value & ((1 << (size * 8)) - 1) });
+            return Ok(if size >= 8 {
+                value
+            } else {
+                value & ((1 << (size * 8)) - 1)
+            });
         }
         Address::of(self, instr).read_uint(self, bus, size)
     }
@@ -182,7 +217,12 @@ impl Core {
     }
 
     /// Reads the `index`th value of `size` bytes from the top of the stack.
-    pub(super) fn peek(&mut self, bus: &dyn Bus, index: u64, size: usize) -> Result<u64, Exception> {
+    pub(super) fn peek(
+        &mut self,
+        bus: &dyn Bus,
+        index: u64,
+        size: usize,
+    ) -> Result<u64, Exception> {
         let rsp = self.state.gpr[gpr::RSP].wrapping_add(index * size as u64);
         Address::stack(rsp).read_uint(self, bus, size)
     }
@@ -191,7 +231,11 @@ impl Core {
 /// The operand size of an instruction that works on the stack, from the change it makes to
 /// RSP per value: 2 with prefix 66, else 8.
 pub(super) fn stack_operand_size(instr: &Instruction, values: i32) -> usize {
-    if instr.stack_pointer_increment().abs() / values.max(1) == 2 { 2 } else { 8 }
+    if instr.stack_pointer_increment().abs() / values.max(1) == 2 {
+        2
+    } else {
+        8
+    }
 }
 
 /// ENTER.

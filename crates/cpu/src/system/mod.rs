@@ -27,6 +27,18 @@ mod vector;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_control;
+#[cfg(test)]
+mod tests_deliver;
+#[cfg(test)]
+mod tests_extended;
+#[cfg(test)]
+mod tests_segment;
+#[cfg(test)]
+mod tests_string;
+#[cfg(test)]
+mod tests_transfer;
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -34,7 +46,7 @@ use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::Core;
 
-pub(crate) use deliver::{TripleFault, deliver_exception, deliver_interrupt, deliver_single_step};
+pub(crate) use deliver::{deliver_exception, deliver_interrupt, deliver_single_step};
 pub(crate) use fpu::fpu_exception;
 
 /// What the caller of [`execute`] does next.
@@ -57,7 +69,11 @@ type Done = Result<(), Exception>;
 
 /// Executes one instruction that translated code does not. `state.rip` is its address, and
 /// `state.xsave` holds the extended state, which the caller loads again afterwards.
-pub(crate) fn execute(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Result<Flow, Exception> {
+pub(crate) fn execute(
+    core: &mut Core,
+    bus: &dyn Bus,
+    instr: &Instruction,
+) -> Result<Flow, Exception> {
     use Mnemonic as M;
     if instr.is_invalid() || instr.has_lock_prefix() {
         return Err(Exception::undefined());
@@ -91,7 +107,10 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Sti => flags::sti(core),
         M::Pushf | M::Pushfd | M::Pushfq => flags::pushf(core, bus, instr),
         M::Popf | M::Popfd | M::Popfq => flags::popf(core, bus, instr),
-        M::Cpuid => control::cpuid(core),
+        M::Cpuid => {
+            control::cpuid(core);
+            Ok(())
+        }
         M::Rdtsc => control::rdtsc(core),
         M::Rdtscp => control::rdtscp(core),
         M::Rdpmc => Err(Exception::general_protection(0)),
@@ -143,19 +162,26 @@ fn extended(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Fnsave | M::Fsave => fpu_env::save(core, bus, instr),
         M::Fldenv => fpu_env::load_environment(core, bus, instr),
         M::Frstor => fpu_env::restore(core, bus, instr),
-        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => vector::masked_move(core, bus, instr),
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {
+            vector::masked_move(core, bus, instr)
+        }
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => vector::masked_bytes(core, bus, instr),
-        M::Vgatherdps | M::Vgatherdpd | M::Vgatherqps | M::Vgatherqpd | M::Vpgatherdd | M::Vpgatherdq
-        | M::Vpgatherqd | M::Vpgatherqq => vector::gather(core, bus, instr),
+        M::Vgatherdps
+        | M::Vgatherdpd
+        | M::Vgatherqps
+        | M::Vgatherqpd
+        | M::Vpgatherdd
+        | M::Vpgatherdq
+        | M::Vpgatherqd
+        | M::Vpgatherqq => vector::gather(core, bus, instr),
         _ => Err(fpu_exception(core, instr)),
     }
 }
 
 /// MOV with a control, debug or segment register.
 fn mov(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
-    let register = |operand| {
-        (instr.op_kind(operand) == OpKind::Register).then(|| instr.op_register(operand))
-    };
+    let register =
+        |operand| (instr.op_kind(operand) == OpKind::Register).then(|| instr.op_register(operand));
     let (to, from) = (register(0), register(1));
     match (to, from) {
         (Some(to), _) if to.is_segment_register() => segment::mov_to(core, bus, instr, to),

@@ -95,7 +95,9 @@ pub(super) fn wrmsr(core: &mut Core, bus: &dyn Bus) -> Done {
     let value = core.edx_eax();
     if is_machine(msr) {
         core.check_interrupts = true;
-        return bus.msr_write(msr, value).ok_or(Exception::general_protection(0));
+        return bus
+            .msr_write(msr, value)
+            .ok_or(Exception::general_protection(0));
     }
     if msr == TSC_DEADLINE {
         return write_deadline(core, bus, value);
@@ -114,7 +116,8 @@ fn write_deadline(core: &mut Core, bus: &dyn Bus, value: u64) -> Done {
         // a deadline before the host's zero is in the past
         value => host_deadline(value, core.state.tsc_offset),
     };
-    bus.msr_write(TSC_DEADLINE, host).ok_or(Exception::general_protection(0))
+    bus.msr_write(TSC_DEADLINE, host)
+        .ok_or(Exception::general_protection(0))
 }
 
 fn host_deadline(guest: u64, offset: u64) -> u64 {
@@ -124,7 +127,11 @@ fn host_deadline(guest: u64, offset: u64) -> u64 {
 
 fn read_deadline(core: &Core, bus: &dyn Bus) -> Option<u64> {
     let host = bus.msr_read(TSC_DEADLINE)?;
-    Some(if host == 0 { 0 } else { host.wrapping_add(core.state.tsc_offset) })
+    Some(if host == 0 {
+        0
+    } else {
+        host.wrapping_add(core.state.tsc_offset)
+    })
 }
 
 fn read(core: &Core, bus: &dyn Bus, msr: u32) -> Result<u64, Exception> {
@@ -138,7 +145,13 @@ fn read(core: &Core, bus: &dyn Bus, msr: u32) -> Result<u64, Exception> {
         TSC => core.tsc(),
         TSC_DEADLINE => read_deadline(core, bus).ok_or(none)?,
         // the revision in the upper half on Intel, the whole on AMD
-        BIOS_SIGN_ID => if intel { 1 << 32 } else { 0x0100_0065 },
+        BIOS_SIGN_ID => {
+            if intel {
+                1 << 32
+            } else {
+                0x0100_0065
+            }
+        }
         MTRRCAP => MTRRCAP_VALUE,
         MTRR_DEF_TYPE => state.msrs.mtrr_def_type ^ MTRR_WRITE_BACK,
         PAT => state.msrs.pat,
@@ -167,7 +180,11 @@ fn read(core: &Core, bus: &dyn Bus, msr: u32) -> Result<u64, Exception> {
 }
 
 fn canonical(value: u64) -> Result<u64, Exception> {
-    if Core::canonical(value) { Ok(value) } else { fault() }
+    if Core::canonical(value) {
+        Ok(value)
+    } else {
+        fault()
+    }
 }
 
 /// Writes the MSRs of SYSCALL, SYSENTER and the segment bases. False: not one of them.
@@ -215,7 +232,10 @@ fn write(core: &mut Core, msr: u32, value: u64) -> Done {
 
 /// Eight memory types: UC, WC, WT, WP, WB, UC-.
 fn valid_pat(value: u64) -> bool {
-    value.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7))
+    value
+        .to_le_bytes()
+        .iter()
+        .all(|kind| matches!(kind, 0 | 1 | 4..=7))
 }
 
 fn write_efer(core: &mut Core, value: u64) -> Done {

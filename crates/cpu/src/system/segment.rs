@@ -19,7 +19,12 @@ const TYPE_CALL_GATE: u8 = 12;
 impl Segment {
     /// SS after a change to `cpl` through a gate: null, which 64-bit mode can push with.
     pub(super) fn null_stack(cpl: u8) -> Self {
-        Self { base: 0, limit: 0, selector: u16::from(cpl), attributes: u16::from(cpl) << 5 }
+        Self {
+            base: 0,
+            limit: 0,
+            selector: u16::from(cpl),
+            attributes: u16::from(cpl) << 5,
+        }
     }
 
     fn present(&self) -> bool {
@@ -83,7 +88,11 @@ impl Descriptor {
 
     fn limit(self) -> u32 {
         let limit = (self.raw & 0xffff | self.raw >> 32 & 0xf_0000) as u32;
-        if self.raw >> 55 & 1 != 0 { limit << 12 | 0xfff } else { limit }
+        if self.raw >> 55 & 1 != 0 {
+            limit << 12 | 0xfff
+        } else {
+            limit
+        }
     }
 
     /// The segment register it makes, under `selector`.
@@ -102,8 +111,16 @@ impl Descriptor {
             return Ok(self);
         }
         let access = self.access() | 1;
-        core.write_linear(bus, self.address.wrapping_add(5), &[access], Privilege::Supervisor)?;
-        Ok(Self { raw: self.raw | 1 << 40, ..self })
+        core.write_linear(
+            bus,
+            self.address.wrapping_add(5),
+            &[access],
+            Privilege::Supervisor,
+        )?;
+        Ok(Self {
+            raw: self.raw | 1 << 40,
+            ..self
+        })
     }
 }
 
@@ -121,7 +138,10 @@ fn table_of(core: &Core, selector: u16) -> Option<(u64, u64)> {
     if selector & 4 == 0 {
         return Some((state.gdtr.base, u64::from(state.gdtr.limit)));
     }
-    state.ldtr.present().then_some((state.ldtr.base, u64::from(state.ldtr.limit)))
+    state
+        .ldtr
+        .present()
+        .then_some((state.ldtr.base, u64::from(state.ldtr.limit)))
 }
 
 /// Reads the descriptor that a selector names. `None`: beyond the table's limit.
@@ -145,13 +165,18 @@ fn read_upper(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Option<u6
     let Some((base, _)) = table_of(core, selector).filter(|t| offset + 15 <= t.1) else {
         return Ok(None);
     };
-    core.read_u64(bus, base.wrapping_add(offset + 8), Privilege::Supervisor).map(Some)
+    core.read_u64(bus, base.wrapping_add(offset + 8), Privilege::Supervisor)
+        .map(Some)
 }
 
 /// The mode that a far transfer to `code` leads to. Only 64-bit code is run; this is the
 /// one place that says so.
 pub(super) fn require_runnable(code: Descriptor, selector: u16) -> Done {
-    if code.is_64_bit() { Ok(()) } else { Err(Exception::general_protection(selector_code(selector))) }
+    if code.is_64_bit() {
+        Ok(())
+    } else {
+        Err(Exception::general_protection(selector_code(selector)))
+    }
 }
 
 fn register_index(register: Register) -> usize {
@@ -197,7 +222,10 @@ pub(super) fn checked_stack(
 
 fn data_segment(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Segment, Exception> {
     if is_null(selector) {
-        return Ok(Segment { selector, ..Segment::default() });
+        return Ok(Segment {
+            selector,
+            ..Segment::default()
+        });
     }
     let bad = Exception::general_protection(selector_code(selector));
     let descriptor = read_descriptor(core, bus, selector)?.ok_or(bad)?;
@@ -213,7 +241,12 @@ fn data_segment(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Segment
 }
 
 /// Finds what loading a segment register gives, changing nothing but the accessed bit.
-fn lookup(core: &mut Core, bus: &dyn Bus, register: Register, selector: u16) -> Result<Segment, Exception> {
+fn lookup(
+    core: &mut Core,
+    bus: &dyn Bus,
+    register: Register,
+    selector: u16,
+) -> Result<Segment, Exception> {
     match register {
         Register::CS => Err(Exception::undefined()),
         Register::SS => stack_segment(core, bus, selector),
@@ -245,7 +278,12 @@ pub(super) fn mov_to(core: &mut Core, bus: &dyn Bus, instr: &Instruction, to: Re
 }
 
 /// MOV from a segment register.
-pub(super) fn mov_from(core: &mut Core, bus: &dyn Bus, instr: &Instruction, from: Register) -> Done {
+pub(super) fn mov_from(
+    core: &mut Core,
+    bus: &dyn Bus,
+    instr: &Instruction,
+    from: Register,
+) -> Done {
     let selector = core.state.segments[register_index(from)].selector;
     core.write_word(bus, instr, u64::from(selector))
 }
@@ -296,8 +334,14 @@ pub(super) fn load_far_pointer(core: &mut Core, bus: &dyn Bus, instr: &Instructi
 pub(super) fn load_table(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     require_cpl0(core)?;
     let image: [u8; 10] = Address::of(core, instr).read(core, bus)?;
-    let raw = image.iter().rev().fold(0_u128, |value, byte| value << 8 | u128::from(*byte));
-    let table = DescriptorTable { limit: raw as u16, base: (raw >> 16) as u64 };
+    let raw = image
+        .iter()
+        .rev()
+        .fold(0_u128, |value, byte| value << 8 | u128::from(*byte));
+    let table = DescriptorTable {
+        limit: raw as u16,
+        base: (raw >> 16) as u64,
+    };
     if !Core::canonical(table.base) {
         return Err(Exception::general_protection(0));
     }
@@ -312,7 +356,11 @@ pub(super) fn load_table(core: &mut Core, bus: &dyn Bus, instr: &Instruction) ->
 /// SGDT, SIDT.
 pub(super) fn store_table(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     require_no_umip(core)?;
-    let table = if instr.mnemonic() == Mnemonic::Sgdt { core.state.gdtr } else { core.state.idtr };
+    let table = if instr.mnemonic() == Mnemonic::Sgdt {
+        core.state.gdtr
+    } else {
+        core.state.idtr
+    };
     let mut image = [0; 10];
     image[..2].copy_from_slice(&table.limit.to_le_bytes());
     image[2..].copy_from_slice(&table.base.to_le_bytes());
@@ -322,7 +370,11 @@ pub(super) fn store_table(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -
 /// SLDT, STR.
 pub(super) fn store_selector(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     require_no_umip(core)?;
-    let register = if instr.mnemonic() == Mnemonic::Sldt { core.state.ldtr } else { core.state.tr };
+    let register = if instr.mnemonic() == Mnemonic::Sldt {
+        core.state.ldtr
+    } else {
+        core.state.tr
+    };
     core.write_word(bus, instr, u64::from(register.selector))
 }
 
@@ -358,7 +410,10 @@ pub(super) fn lldt(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done 
     require_cpl0(core)?;
     let selector = core.read_operand(bus, instr, 0, 2)? as u16;
     core.state.ldtr = if is_null(selector) {
-        Segment { selector, ..Segment::default() }
+        Segment {
+            selector,
+            ..Segment::default()
+        }
     } else {
         system_segment(core, bus, selector, TYPE_LDT)?.1
     };
@@ -374,7 +429,12 @@ pub(super) fn ltr(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let (descriptor, mut segment) = system_segment(core, bus, selector, TYPE_TSS_AVAILABLE)?;
     // available to busy
     let access = descriptor.access() | 2;
-    core.write_linear(bus, descriptor.address.wrapping_add(5), &[access], Privilege::Supervisor)?;
+    core.write_linear(
+        bus,
+        descriptor.address.wrapping_add(5),
+        &[access],
+        Privilege::Supervisor,
+    )?;
     segment.attributes |= 2;
     core.state.tr = segment;
     Ok(())
@@ -382,7 +442,8 @@ pub(super) fn ltr(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
 
 fn set_zf(core: &mut Core, on: bool) {
     let flags = core.state.rflags() & !rflags::ZF;
-    core.state.set_rflags(if on { flags | rflags::ZF } else { flags });
+    core.state
+        .set_rflags(if on { flags | rflags::ZF } else { flags });
 }
 
 /// Reads the selector operand of LAR, LSL, VERR, VERW and finds its descriptor. `None`
@@ -417,7 +478,11 @@ pub(super) fn lar_lsl(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Do
         !d.is_system() || system
     });
     if let Some((_, descriptor)) = found {
-        let value = if lar { descriptor.raw >> 32 & 0x00f0_ff00 } else { u64::from(descriptor.limit()) };
+        let value = if lar {
+            descriptor.raw >> 32 & 0x00f0_ff00
+        } else {
+            u64::from(descriptor.limit())
+        };
         core.set_gpr(instr.op0_register(), value);
     }
     set_zf(core, found.is_some());
@@ -427,7 +492,11 @@ pub(super) fn lar_lsl(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Do
 /// VERR, VERW.
 pub(super) fn verify(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let found = examined(core, bus, instr, 0)?.is_some_and(|(_, d)| {
-        if instr.mnemonic() == Mnemonic::Verr { d.is_readable() } else { d.is_writable() }
+        if instr.mnemonic() == Mnemonic::Verr {
+            d.is_readable()
+        } else {
+            d.is_writable()
+        }
     });
     set_zf(core, found);
     Ok(())
@@ -442,7 +511,10 @@ pub(super) fn drop_privileged(core: &mut Core) {
         let access = segment.attributes as u8;
         let conforming = access & 0xc == 0xc;
         if segment.present() && !conforming && (access >> 5 & 3) < cpl {
-            *segment = Segment { base: segment.base, ..Segment::default() };
+            *segment = Segment {
+                base: segment.base,
+                ..Segment::default()
+            };
         }
     }
 }

@@ -83,7 +83,8 @@ fn kind_of(mnemonic: Mnemonic) -> Option<(Operation, u64)> {
 
 /// Whether the instruction addresses memory with ESI or EDI.
 fn is_narrow(instr: &Instruction) -> bool {
-    (0..instr.op_count()).any(|i| matches!(instr.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI))
+    (0..instr.op_count())
+        .any(|i| matches!(instr.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI))
 }
 
 fn decode(core: &Core, instr: &Instruction) -> Result<Job, Exception> {
@@ -91,7 +92,11 @@ fn decode(core: &Core, instr: &Instruction) -> Result<Job, Exception> {
     Ok(Job {
         operation,
         size,
-        mask: if is_narrow(instr) { 0xffff_ffff } else { u64::MAX },
+        mask: if is_narrow(instr) {
+            0xffff_ffff
+        } else {
+            u64::MAX
+        },
         base: core.segment_base(instr.memory_segment()),
         down: core.state.system_flags & rflags::DF != 0,
         repeat: instr.has_rep_prefix() || instr.has_repne_prefix(),
@@ -108,7 +113,10 @@ struct Chunk {
 
 impl Chunk {
     fn of(elements: u64) -> Self {
-        Self { elements, compared: None }
+        Self {
+            elements,
+            compared: None,
+        }
     }
 }
 
@@ -124,7 +132,11 @@ impl Job {
     fn advance(&self, core: &mut Core, register: usize, elements: u64) {
         let bytes = elements.wrapping_mul(self.size);
         let old = core.state.gpr[register];
-        let new = if self.down { old.wrapping_sub(bytes) } else { old.wrapping_add(bytes) };
+        let new = if self.down {
+            old.wrapping_sub(bytes)
+        } else {
+            old.wrapping_add(bytes)
+        };
         core.state.gpr[register] = new & self.mask;
     }
 
@@ -146,27 +158,56 @@ impl Job {
             return u64::MAX;
         }
         let value = core.state.gpr[register] & self.mask;
-        if self.down { value / self.size + 1 } else { (((1 << 32) - value) / self.size).max(1) }
+        if self.down {
+            value / self.size + 1
+        } else {
+            (((1 << 32) - value) / self.size).max(1)
+        }
     }
 
     /// The lowest address of a chunk that begins at `linear`.
     fn lowest(&self, linear: u64, elements: u64) -> u64 {
-        if self.down { linear.wrapping_sub((elements - 1) * self.size) } else { linear }
+        if self.down {
+            linear.wrapping_sub((elements - 1) * self.size)
+        } else {
+            linear
+        }
     }
 
     fn read(&self, core: &mut Core, bus: &dyn Bus, linear: u64) -> Result<u64, Exception> {
         let mut data = [0; 8];
-        core.read_linear(bus, linear, &mut data[..self.size as usize], Privilege::Current)?;
+        core.read_linear(
+            bus,
+            linear,
+            &mut data[..self.size as usize],
+            Privilege::Current,
+        )?;
         Ok(u64::from_le_bytes(data))
     }
 
-    fn write(&self, core: &mut Core, bus: &dyn Bus, linear: u64, value: u64) -> Result<(), Exception> {
-        core.write_linear(bus, linear, &value.to_le_bytes()[..self.size as usize], Privilege::Current)
+    fn write(
+        &self,
+        core: &mut Core,
+        bus: &dyn Bus,
+        linear: u64,
+        value: u64,
+    ) -> Result<(), Exception> {
+        core.write_linear(
+            bus,
+            linear,
+            &value.to_le_bytes()[..self.size as usize],
+            Privilege::Current,
+        )
     }
 
     /// Finds host memory to store `elements` at `linear`, if it is RAM, and has code there
     /// thrown away. Returns the lowest byte's address.
-    fn store_target(&self, core: &mut Core, linear: u64, elements: u64) -> Result<Option<*mut u8>, Exception> {
+    fn store_target(
+        &self,
+        core: &mut Core,
+        linear: u64,
+        elements: u64,
+    ) -> Result<Option<*mut u8>, Exception> {
         let lowest = self.lowest(linear, elements);
         match core.target(lowest, Kind::Write, Privilege::Current)? {
             Target::Ram(host) => {
@@ -177,7 +218,12 @@ impl Job {
         }
     }
 
-    fn load_target(&self, core: &mut Core, linear: u64, elements: u64) -> Result<Option<*const u8>, Exception> {
+    fn load_target(
+        &self,
+        core: &mut Core,
+        linear: u64,
+        elements: u64,
+    ) -> Result<Option<*const u8>, Exception> {
         let lowest = self.lowest(linear, elements);
         match core.target(lowest, Kind::Read, Privilege::Current)? {
             Target::Ram(host) => Ok(Some(host)),
@@ -212,7 +258,15 @@ impl Job {
         if let Some((source, target)) = in_place {
             // SAFETY: both point at `elements * size` bytes of guest RAM within one page
             // (span, target), which stays mapped while `core.memory` lives.
-            unsafe { copy_elements(source, target, elements as usize, self.size as usize, self.down) };
+            unsafe {
+                copy_elements(
+                    source,
+                    target,
+                    elements as usize,
+                    self.size as usize,
+                    self.down,
+                );
+            };
         } else {
             let value = self.read(core, bus, from)?;
             self.write(core, bus, to, value)?;
@@ -228,7 +282,11 @@ impl Job {
         let value = core.state.gpr[gpr::RAX];
         let elements = most.min(self.room(core, gpr::RDI)).min(self.span(to));
         let mut done = elements;
-        let target = if elements == 0 { None } else { self.store_target(core, to, elements)? };
+        let target = if elements == 0 {
+            None
+        } else {
+            self.store_target(core, to, elements)?
+        };
         if let Some(target) = target {
             // SAFETY: as in `movs`.
             unsafe { fill_elements(target, value, elements as usize, self.size as usize) };
@@ -279,7 +337,10 @@ impl Job {
         } else {
             let a = self.read(core, bus, from)?;
             let b = self.read(core, bus, to)?;
-            Chunk { elements: 1, compared: Some((a, b)) }
+            Chunk {
+                elements: 1,
+                compared: Some((a, b)),
+            }
         };
         self.advance(core, gpr::RSI, chunk.elements);
         self.advance(core, gpr::RDI, chunk.elements);
@@ -291,7 +352,11 @@ impl Job {
         let width = u64::MAX >> (64 - self.size * 8);
         let wanted = core.state.gpr[gpr::RAX] & width;
         let elements = most.min(self.room(core, gpr::RDI)).min(self.span(to));
-        let in_place = if elements == 0 { None } else { self.load_target(core, to, elements)? };
+        let in_place = if elements == 0 {
+            None
+        } else {
+            self.load_target(core, to, elements)?
+        };
         let chunk = if let Some(b) = in_place {
             let size = self.size as usize;
             self.compare_run(elements, |i| {
@@ -301,7 +366,10 @@ impl Job {
             })
         } else {
             let b = self.read(core, bus, to)?;
-            Chunk { elements: 1, compared: Some((wanted, b)) }
+            Chunk {
+                elements: 1,
+                compared: Some((wanted, b)),
+            }
         };
         self.advance(core, gpr::RDI, chunk.elements);
         Ok(chunk)
@@ -318,7 +386,10 @@ impl Job {
             let (a, b) = values(i);
             i += 1;
             if i == elements || !self.goes_on(a, b) {
-                return Chunk { elements: i, compared: Some((a, b)) };
+                return Chunk {
+                    elements: i,
+                    compared: Some((a, b)),
+                };
             }
         }
     }
@@ -371,7 +442,11 @@ fn subtraction_flags(a: u64, b: u64, size: u64) -> u64 {
         | bit((result as u8).count_ones().is_multiple_of(2), rflags::PF)
 }
 
-pub(super) fn execute(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Result<Flow, Exception> {
+pub(super) fn execute(
+    core: &mut Core,
+    bus: &dyn Bus,
+    instr: &Instruction,
+) -> Result<Flow, Exception> {
     let job = decode(core, instr)?;
     if !job.repeat {
         let chunk = job.chunk(core, bus, 1)?;
@@ -448,7 +523,11 @@ unsafe fn copy_elements(from: *const u8, to: *mut u8, elements: usize, size: usi
     let length = elements * size;
     let (source, target) = (from as usize, to as usize);
     let apart = source + length <= target || target + length <= source;
-    let harmless = if down { target >= source } else { target <= source };
+    let harmless = if down {
+        target >= source
+    } else {
+        target <= source
+    };
     // SAFETY: all accesses are within the ranges that the caller promised; `copy` allows
     // overlap, and each piece of the doubling loop ends where its target begins.
     unsafe {

@@ -15,12 +15,22 @@ const SYSRET_FLAGS: u64 = 0x3c_7fd7;
 /// Descriptor attributes of the flat segments that these instructions load.
 fn flat_code(selector: u16, cpl: u8) -> Segment {
     // execute, read, accessed; S, P; L, G
-    Segment { base: 0, limit: u32::MAX, selector, attributes: 0xa09b | u16::from(cpl) << 5 }
+    Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        attributes: 0xa09b | u16::from(cpl) << 5,
+    }
 }
 
 fn flat_stack(selector: u16, cpl: u8) -> Segment {
     // read, write, accessed; S, P; B, G
-    Segment { base: 0, limit: u32::MAX, selector, attributes: 0xc093 | u16::from(cpl) << 5 }
+    Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        attributes: 0xc093 | u16::from(cpl) << 5,
+    }
 }
 
 pub(super) fn syscall(core: &mut Core, instr: &Instruction) -> Result<Flow, Exception> {
@@ -125,7 +135,11 @@ fn require_fsgsbase(core: &Core) -> Done {
 pub(super) fn read_base(core: &mut Core, instr: &Instruction) -> Done {
     require_fsgsbase(core)?;
     let fs = instr.mnemonic() == Mnemonic::Rdfsbase;
-    let base = if fs { core.state.fs_base } else { core.state.gs_base };
+    let base = if fs {
+        core.state.fs_base
+    } else {
+        core.state.gs_base
+    };
     core.set_gpr(instr.op0_register(), base);
     Ok(())
 }

@@ -2,8 +2,8 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::segment::{self, Descriptor, checked_stack, is_null, require_runnable, selector_code};
 use super::memory::Address;
+use super::segment::{self, Descriptor, checked_stack, is_null, require_runnable, selector_code};
 use super::{Flow, flags};
 use crate::bus::Bus;
 use crate::exception::Exception;
@@ -31,7 +31,11 @@ fn return_code(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Descript
     let bad = Exception::general_protection(selector_code(selector));
     let code = segment::read_descriptor(core, bus, selector)?.ok_or(bad)?;
     let rpl = (selector & 3) as u8;
-    let wrong_level = if code.is_conforming() { code.dpl() > rpl } else { code.dpl() != rpl };
+    let wrong_level = if code.is_conforming() {
+        code.dpl() > rpl
+    } else {
+        code.dpl() != rpl
+    };
     if !code.is_code() || rpl < core.state.cpl || wrong_level {
         return Err(bad);
     }
@@ -44,7 +48,12 @@ fn return_code(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Descript
 
 /// The stack segment that IRET or RETF to privilege `rpl` pops. 64-bit code below ring 3
 /// may have a null one.
-fn return_stack(core: &mut Core, bus: &dyn Bus, selector: u16, rpl: u8) -> Result<Segment, Exception> {
+fn return_stack(
+    core: &mut Core,
+    bus: &dyn Bus,
+    selector: u16,
+    rpl: u8,
+) -> Result<Segment, Exception> {
     if is_null(selector) {
         if rpl == 3 || (selector & 3) as u8 != rpl {
             return Err(Exception::general_protection(0));
@@ -77,9 +86,18 @@ pub(super) fn iret(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Resul
     Address::stack(core.state.gpr[gpr::RSP]).read_into(core, bus, frame)?;
     let value = |at: usize| {
         let bytes = &frame[at * size..][..size];
-        bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte))
+        bytes
+            .iter()
+            .rev()
+            .fold(0_u64, |value, byte| value << 8 | u64::from(*byte))
     };
-    let (rip, cs, image, rsp, ss) = (value(0), value(1) as u16, value(2), value(3), value(4) as u16);
+    let (rip, cs, image, rsp, ss) = (
+        value(0),
+        value(1) as u16,
+        value(2),
+        value(3),
+        value(4) as u16,
+    );
 
     let code = return_code(core, bus, cs)?;
     let rpl = (cs & 3) as u8;
@@ -114,9 +132,17 @@ fn far_size(code: Code) -> usize {
 }
 
 /// RETF, with or without an immediate.
-pub(super) fn far_return(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Result<Flow, Exception> {
+pub(super) fn far_return(
+    core: &mut Core,
+    bus: &dyn Bus,
+    instr: &Instruction,
+) -> Result<Flow, Exception> {
     let size = far_size(instr.code());
-    let release = if instr.op_count() == 1 { u64::from(instr.immediate16()) } else { 0 };
+    let release = if instr.op_count() == 1 {
+        u64::from(instr.immediate16())
+    } else {
+        0
+    };
     let rip = core.peek(bus, 0, size)?;
     let cs = core.peek(bus, 1, size)? as u16;
     let code = return_code(core, bus, cs)?;
@@ -124,7 +150,9 @@ pub(super) fn far_return(core: &mut Core, bus: &dyn Bus, instr: &Instruction) ->
     if !Core::canonical(rip) {
         return Err(Exception::general_protection(0));
     }
-    let above = core.state.gpr[gpr::RSP].wrapping_add(2 * size as u64).wrapping_add(release);
+    let above = core.state.gpr[gpr::RSP]
+        .wrapping_add(2 * size as u64)
+        .wrapping_add(release);
     if rpl == core.state.cpl {
         let code = code.mark_accessed(core, bus)?;
         core.state.gpr[gpr::RSP] = above;
@@ -177,7 +205,11 @@ fn far_target(
     Ok((code, selector, rip))
 }
 
-pub(super) fn far_jump(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Result<Flow, Exception> {
+pub(super) fn far_jump(
+    core: &mut Core,
+    bus: &dyn Bus,
+    instr: &Instruction,
+) -> Result<Flow, Exception> {
     let (code, selector, rip) = far_target(core, bus, instr)?;
     let code = code.mark_accessed(core, bus)?;
     let cpl = core.state.cpl;
@@ -185,7 +217,11 @@ pub(super) fn far_jump(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> R
     Ok(Flow::Jump)
 }
 
-pub(super) fn far_call(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Result<Flow, Exception> {
+pub(super) fn far_call(
+    core: &mut Core,
+    bus: &dyn Bus,
+    instr: &Instruction,
+) -> Result<Flow, Exception> {
     let (code, selector, rip) = far_target(core, bus, instr)?;
     let code = code.mark_accessed(core, bus)?;
     let size = far_size(instr.code());

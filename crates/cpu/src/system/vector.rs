@@ -47,7 +47,12 @@ fn masked_in(mask: &[u8], element: usize, size: usize) -> bool {
 fn element_size(mnemonic: Mnemonic) -> usize {
     use Mnemonic as M;
     match mnemonic {
-        M::Vmaskmovps | M::Vpmaskmovd | M::Vgatherdps | M::Vgatherqps | M::Vpgatherdd | M::Vpgatherqd => 4,
+        M::Vmaskmovps
+        | M::Vpmaskmovd
+        | M::Vgatherdps
+        | M::Vgatherqps
+        | M::Vpgatherdd
+        | M::Vpgatherqd => 4,
         _ => 8,
     }
 }
@@ -63,16 +68,22 @@ pub(super) fn masked_move(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -
     if instr.op0_kind() == OpKind::Memory {
         let value = core.state.ymm(instr.op2_register());
         for i in chosen.clone() {
-            address.plus((i * size) as u64).probe_write(core, size as u64)?;
+            address
+                .plus((i * size) as u64)
+                .probe_write(core, size as u64)?;
         }
         for i in chosen {
-            address.plus((i * size) as u64).write(core, bus, &value[i * size..][..size])?;
+            address
+                .plus((i * size) as u64)
+                .write(core, bus, &value[i * size..][..size])?;
         }
         return Ok(());
     }
     let mut value = [0; 32];
     for i in chosen {
-        address.plus((i * size) as u64).read_into(core, bus, &mut value[i * size..][..size])?;
+        address
+            .plus((i * size) as u64)
+            .read_into(core, bus, &mut value[i * size..][..size])?;
     }
     core.state.set_ymm(instr.op0_register(), &value);
     Ok(())
@@ -99,14 +110,22 @@ pub(super) fn masked_bytes(core: &mut Core, bus: &dyn Bus, instr: &Instruction) 
         }
     };
     let rdi = core.state.gpr[gpr::RDI];
-    let offset = if instr.op0_kind() == OpKind::MemorySegEDI { rdi & 0xffff_ffff } else { rdi };
-    let linear = core.segment_base(instr.memory_segment()).wrapping_add(offset);
+    let offset = if instr.op0_kind() == OpKind::MemorySegEDI {
+        rdi & 0xffff_ffff
+    } else {
+        rdi
+    };
+    let linear = core
+        .segment_base(instr.memory_segment())
+        .wrapping_add(offset);
     let chosen = (0..length).filter(|i| masked_in(&mask, *i, 1));
     for i in chosen.clone() {
         Address::data(linear).plus(i as u64).probe_write(core, 1)?;
     }
     for i in chosen {
-        Address::data(linear).plus(i as u64).write(core, bus, &value[i..=i])?;
+        Address::data(linear)
+            .plus(i as u64)
+            .write(core, bus, &value[i..=i])?;
     }
     Ok(())
 }
@@ -154,7 +173,11 @@ impl Gather {
             size,
             index_size,
             elements: data.min(indexes),
-            base: if on_stack { Address::stack(offset) } else { Address::data(offset) },
+            base: if on_stack {
+                Address::stack(offset)
+            } else {
+                Address::data(offset)
+            },
             scale: i64::from(instr.memory_index_scale()),
             narrow: base.is_gpr32() || (base == Register::None && instr.memory_displ_size() == 4),
             segment_base: core.segment_base(segment),
@@ -163,13 +186,26 @@ impl Gather {
 
     fn address(&self, indexes: &Ymm, element: usize) -> Address {
         let bytes = &indexes[element * self.index_size..][..self.index_size];
-        let raw = bytes.iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
-        let index = if self.index_size == 4 { i64::from(raw as i32) } else { raw as i64 };
-        let mut offset = self.base.linear.wrapping_add(index.wrapping_mul(self.scale) as u64);
+        let raw = bytes
+            .iter()
+            .rev()
+            .fold(0_u64, |value, byte| value << 8 | u64::from(*byte));
+        let index = if self.index_size == 4 {
+            i64::from(raw as i32)
+        } else {
+            raw as i64
+        };
+        let mut offset = self
+            .base
+            .linear
+            .wrapping_add(index.wrapping_mul(self.scale) as u64);
         if self.narrow {
             offset &= 0xffff_ffff;
         }
-        Address { linear: self.segment_base.wrapping_add(offset), ..self.base }
+        Address {
+            linear: self.segment_base.wrapping_add(offset),
+            ..self.base
+        }
     }
 }
 
@@ -177,7 +213,11 @@ impl Gather {
 /// cleared, so that the instruction can go on.
 pub(super) fn gather(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     require_avx(core)?;
-    let (to, indexes, mask) = (instr.op0_register(), instr.memory_index(), instr.op2_register());
+    let (to, indexes, mask) = (
+        instr.op0_register(),
+        instr.memory_index(),
+        instr.op2_register(),
+    );
     let numbers = [to.number(), indexes.number(), mask.number()];
     if numbers[0] == numbers[1] || numbers[0] == numbers[2] || numbers[1] == numbers[2] {
         return Err(Exception::undefined());
@@ -196,7 +236,10 @@ pub(super) fn gather(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
             continue;
         }
         let mut element = [0; 8];
-        if let Err(e) = gather.address(&index_values, i).read_into(core, bus, &mut element[..size]) {
+        if let Err(e) = gather
+            .address(&index_values, i)
+            .read_into(core, bus, &mut element[..size])
+        {
             core.state.set_ymm(to, &value);
             core.state.set_ymm(mask, &masks);
             return Err(e);

@@ -82,6 +82,10 @@ pub(crate) mod meta {
     pub(crate) const LOAD: u32 = 1 << 17;
     /// The stack segment: #SS instead of #GP.
     pub(crate) const STACK: u32 = 1 << 18;
+    /// The address must be a multiple of the size, which is checked before the page is.
+    pub(crate) const ALIGNED: u32 = 1 << 19;
+    /// A pending x87 exception is reported before the page is looked at.
+    pub(crate) const WAITS: u32 = 1 << 20;
 }
 
 /// A finished block.
@@ -264,6 +268,11 @@ impl<'a> Lower<'a> {
     /// The linear address of the memory operand into T0. The host's flags must be free.
     pub(super) fn address(&mut self, instruction: &Instruction, extra: i32) {
         self.effective_address(instruction, extra);
+        self.add_segment_base(instruction);
+    }
+
+    /// Makes the effective address in T0 a linear one. The host's flags must be free.
+    pub(super) fn add_segment_base(&mut self, instruction: &Instruction) {
         match instruction.memory_segment() {
             Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
             Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
@@ -272,7 +281,7 @@ impl<'a> Lower<'a> {
     }
 
     /// The effective address into T0; flags stay.
-    fn effective_address(&mut self, instruction: &Instruction, extra: i32) {
+    pub(super) fn effective_address(&mut self, instruction: &Instruction, extra: i32) {
         let base = instruction.memory_base();
         let index = instruction.memory_index();
         let displacement = instruction.memory_displacement64();
@@ -299,7 +308,12 @@ impl<'a> Lower<'a> {
 
     /// Whether a fault of the memory operand's address is the stack segment's.
     pub(super) fn stack_segment(instruction: &Instruction) -> bool {
-        instruction.memory_segment() == Register::SS
+        // overrides other than FS and GS are ignored in 64-bit mode
+        !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
+            && matches!(
+                instruction.memory_base(),
+                Register::RSP | Register::RBP | Register::ESP | Register::EBP
+            )
     }
 
     /// An access of `size` bytes at the linear address in T0. `body` is written twice: in
@@ -319,9 +333,7 @@ impl<'a> Lower<'a> {
         a.alu_mem(Alu::Xor, T0, T1, tag);
         a.alu_imm(Alu::Cmp, T0, 4096 - size as i32);
         let branch = a.jcc_forward(cc::A);
-        let host = tag_offset(user, false) - std::mem::offset_of!(TlbEntry, read) as i32
-            + std::mem::offset_of!(TlbEntry, host) as i32;
-        a.alu_mem(Alu::Add, T0, T1, host);
+        a.alu_mem(Alu::Add, T0, T1, tag + HOST_AFTER_TAG);
         let start = self.asm.len();
         let body_flags = body(self);
         let site = Site { host: start as u32, guest: self.current, flags: body_flags };
@@ -773,6 +785,10 @@ impl<'a> Lower<'a> {
         self.asm.mov(RAX, GUEST_RAX);
     }
 }
+
+/// Distance of an entry's host address from its tag.
+const HOST_AFTER_TAG: i32 =
+    std::mem::offset_of!(TlbEntry, host) as i32 - std::mem::offset_of!(TlbEntry, tag) as i32;
 
 fn jumps_offset(user: bool) -> i32 {
     let table = if user { size_of::<[JumpEntry; JUMP_ENTRIES]>() } else { 0 };

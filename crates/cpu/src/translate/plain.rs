@@ -75,6 +75,37 @@ fn writes(access: OpAccess) -> bool {
     )
 }
 
+fn uses_x87(i: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    i.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
+}
+
+/// Whether the instruction reports a pending x87 exception (Intel SDM vol. 1 §8.7).
+fn waits_for_x87(i: &Instruction) -> bool {
+    let mmx = i.cpuid_features().contains(&iced_x86::CpuidFeature::MMX)
+        || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
+    mmx || uses_x87(i) && !i.code().op_code().is_fpu_no_wait()
+}
+
+/// Whether a misaligned memory operand raises #GP (Intel SDM vol. 1 §10.4.1.1, §14.9).
+fn demands_alignment(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let size = i.memory_size().size();
+    if i.mnemonic() == M::Cmpxchg16b {
+        return true;
+    }
+    if size < 16 || uses_x87(i) {
+        return false;
+    }
+    match i.mnemonic() {
+        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm
+        | M::Pcmpestri64 | M::Pcmpestrm64 | M::Pcmpistri | M::Pcmpistrm => false,
+        M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq
+        | M::Vmovntdqa => true,
+        _ => i.code().op_code().encoding() == iced_x86::EncodingKind::Legacy,
+    }
+}
+
 /// Where the operands of one instruction are on the host.
 struct Plan {
     instruction: Instruction,
@@ -107,11 +138,16 @@ impl Lower<'_> {
         let access = self.tools.info.info(&instruction).op_access(memory);
         let what = match access {
             OpAccess::Read | OpAccess::CondRead => 0,
+            // with an unmasked exception pending, the x87 does not store
+            OpAccess::Write if uses_x87(&instruction) => meta::STORE | meta::LOAD,
             OpAccess::Write => meta::STORE,
             OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => meta::STORE | meta::LOAD,
             OpAccess::NoMemAccess | OpAccess::None => return false,
         };
-        let what = what | if Self::stack_segment(&instruction) { meta::STACK } else { 0 };
+        let what = what
+            | if Self::stack_segment(&instruction) { meta::STACK } else { 0 }
+            | if demands_alignment(&instruction) { meta::ALIGNED } else { 0 }
+            | if waits_for_x87(&instruction) { meta::WAITS } else { 0 };
         let size = instruction.memory_size().size() as u32;
         if size == 0 || size > 512 {
             return false;
@@ -137,7 +173,7 @@ impl Lower<'_> {
     fn bit_test(&mut self, instruction: &Instruction, size: u32, what: u32) {
         let guest = instruction.op1_register().full_register().number();
         let bits = size * 8;
-        self.address(instruction, 0);
+        self.effective_address(instruction, 0);
         let from = self.register(guest, T1);
         match size {
             8 => self.asm.mov(T1, from),
@@ -147,7 +183,11 @@ impl Lower<'_> {
             _ => self.asm.raw(&[0x4c | from.0 >> 3, 0x0f, 0xbf, 0xd8 | from.0 & 7]),
         }
         self.asm.shift(7, T1, bits.trailing_zeros() as u8);
-        self.asm.lea(T0, Some(T0), Some((T1, size as u8)), 0, false);
+        let narrow = instruction.memory_base().size() == 4
+            || instruction.memory_index().size() == 4
+            || instruction.memory_displ_size() == 4 && instruction.memory_base() == Register::None;
+        self.asm.lea(T0, Some(T0), Some((T1, size as u8)), 0, narrow);
+        self.add_segment_base(instruction);
         let mut replaced = *instruction;
         point_at_t0(&mut replaced);
         replaced.set_op1_register(sized(T1, size as usize));

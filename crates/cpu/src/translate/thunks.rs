@@ -5,7 +5,7 @@
 //! aligned; thunks keep it so around calls into Rust.
 
 use super::asm::{Alu, Asm, GUEST_RAX, HOME, RAX, RCX, RDI, RDX, RBX, RBP, RSI, RSP, Reg, T0, T1, cc, slot};
-use crate::mmu::{AddressSpace, TlbEntry};
+use crate::mmu::{AddressSpace, TLB_ENTRIES, TlbEntry, tlb_number};
 use crate::state::state_offset;
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
@@ -69,9 +69,8 @@ pub(crate) fn slow_index(user: bool, store: bool, fpu: bool) -> usize {
 
 /// Offset of the tag that an access compares, in the address space.
 pub(crate) fn tag_offset(user: bool, store: bool) -> i32 {
-    let table = if user { size_of::<[TlbEntry; crate::mmu::TLB_ENTRIES]>() } else { 0 };
-    let field = if store { std::mem::offset_of!(TlbEntry, write) } else { std::mem::offset_of!(TlbEntry, read) };
-    (std::mem::offset_of!(AddressSpace, tlb) + table + field) as i32
+    let table = tlb_number(user, store) * size_of::<[TlbEntry; TLB_ENTRIES]>();
+    (std::mem::offset_of!(AddressSpace, tlb) + table + std::mem::offset_of!(TlbEntry, tag)) as i32
 }
 
 const CALLEE_SAVED: [Reg; 6] = [RBX, RBP, Reg(12), Reg(13), Reg(14), Reg(15)];

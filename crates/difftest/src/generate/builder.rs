@@ -77,9 +77,29 @@ impl Builder {
             self.free[n] = false;
         } else if self.free[n] {
             self.set_initial(n, value);
-        } else if let Ok(load) = Instruction::with2(Code::Mov_r64_imm64, gpr64(n), value) {
+        } else {
+            self.load(n, value);
+        }
+    }
+
+    /// Makes register `n` hold `value` from here on, by an instruction.
+    pub(super) fn load(&mut self, n: usize, value: u64) {
+        if let Ok(load) = Instruction::with2(Code::Mov_r64_imm64, gpr64(n), value) {
             self.push(load);
             self.known[n] = Some(value);
+        }
+    }
+
+    /// Keeps what refers to items still to come from reaching beyond the next one.
+    pub(super) fn limit_targets(&mut self) {
+        let next = self.program.items.len();
+        for item in &mut self.program.items {
+            if let Some((_, target)) = &mut item.target {
+                *target = (*target).min(next);
+            }
+        }
+        for fixup in &mut self.program.fixups {
+            fixup.target = fixup.target.min(next);
         }
     }
 

@@ -199,6 +199,8 @@ pub(super) fn pattern(
     rng: &mut Rng,
     filler: &mut dyn FnMut(&mut Builder, &mut Rng),
 ) {
+    // a branch from before must not skip what sets the pattern up
+    builder.limit_targets();
     match rng.below(3) {
         0 => counted_loop(builder, rng, filler),
         1 => call_and_return(builder, rng, filler),
@@ -212,8 +214,7 @@ fn counted_loop(
     filler: &mut dyn FnMut(&mut Builder, &mut Rng),
 ) {
     let count = 2 + rng.below(5);
-    builder.make(RCX, count);
-    builder.commit(RCX);
+    builder.load(RCX, count);
     let top = builder.length();
     for _ in 0..=rng.below(3) {
         filler(builder, rng);
@@ -244,7 +245,7 @@ fn call_and_return(
     let rsp = builder.known(RSP);
     if !rsp.is_some_and(|rsp| (STACK + 64..STACK_END).contains(&rsp)) {
         let rsp = STACK + 8 * (64 + rng.below(800));
-        builder.make(RSP, rsp);
+        builder.load(RSP, rsp);
     }
     builder.push_branch(Code::Call_rel32_64, 0);
     let call = builder.length() - 1;
@@ -282,8 +283,7 @@ fn self_modification(
     let (Ok(store), Ok(old)) = (store, old) else { return };
     let looped = rng.chance(50);
     if looped {
-        builder.make(RCX, 2);
-        builder.commit(RCX);
+        builder.load(RCX, 2);
         let top = builder.length();
         builder.push(old);
         if rng.chance(60) {

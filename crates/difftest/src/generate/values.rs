@@ -4,7 +4,7 @@ use crate::layout;
 use crate::rng::Rng;
 
 /// A value for a general register.
-pub fn integer(rng: &mut Rng) -> u64 {
+pub(crate) fn integer(rng: &mut Rng) -> u64 {
     match rng.below(10) {
         0 => rng.below(8),
         1 => rng.pick(&[
@@ -36,7 +36,7 @@ pub fn integer(rng: &mut Rng) -> u64 {
 }
 
 /// An immediate of `bits` bits, as an unsigned number.
-pub fn immediate(rng: &mut Rng, bits: u32) -> u64 {
+pub(crate) fn immediate(rng: &mut Rng, bits: u32) -> u64 {
     let value = match rng.below(4) {
         0 => rng.below(16),
         1 => rng.pick(&[1_u64 << (bits - 1), (1 << (bits - 1)) - 1, u64::MAX, 0, 31, 32, 33, 63]),
@@ -46,7 +46,7 @@ pub fn immediate(rng: &mut Rng, bits: u32) -> u64 {
 }
 
 /// A single-precision number, as its bits.
-pub fn single(rng: &mut Rng) -> u32 {
+pub(crate) fn single(rng: &mut Rng) -> u32 {
     let sign = (rng.below(2) as u32) << 31;
     sign | match rng.below(12) {
         0 => 0,
@@ -63,7 +63,7 @@ pub fn single(rng: &mut Rng) -> u32 {
 }
 
 /// A double-precision number, as its bits.
-pub fn double(rng: &mut Rng) -> u64 {
+pub(crate) fn double(rng: &mut Rng) -> u64 {
     let sign = rng.below(2) << 63;
     sign | match rng.below(12) {
         0 => 0,
@@ -89,7 +89,7 @@ pub fn double(rng: &mut Rng) -> u64 {
 
 /// An extended-precision number, as its ten bytes: normal, denormal, infinite, not a
 /// number, or of the kinds that the x87 no longer produces.
-pub fn extended(rng: &mut Rng) -> [u8; 10] {
+pub(crate) fn extended(rng: &mut Rng) -> [u8; 10] {
     let (exponent, mantissa) = match rng.below(12) {
         0 => (0, 0),
         1 => (0x7fff, 1 << 63),
@@ -111,7 +111,7 @@ pub fn extended(rng: &mut Rng) -> [u8; 10] {
 }
 
 /// 32 bytes for a vector register, of elements of one kind.
-pub fn vector(rng: &mut Rng) -> [u8; 32] {
+pub(crate) fn vector(rng: &mut Rng) -> [u8; 32] {
     let mut value = [0; 32];
     match rng.below(8) {
         0 => {}
@@ -141,7 +141,7 @@ pub fn vector(rng: &mut Rng) -> [u8; 32] {
 }
 
 /// Eight bytes of initial memory.
-pub fn memory_word(rng: &mut Rng) -> [u8; 8] {
+pub(crate) fn memory_word(rng: &mut Rng) -> [u8; 8] {
     match rng.below(6) {
         0 => integer(rng).to_le_bytes(),
         1 => double(rng).to_le_bytes(),
@@ -157,7 +157,7 @@ pub fn memory_word(rng: &mut Rng) -> [u8; 8] {
 
 /// MXCSR: usually the default, sometimes other rounding, flush modes, sticky flags, and
 /// now and then unmasked exceptions.
-pub fn mxcsr(rng: &mut Rng) -> u32 {
+pub(crate) fn mxcsr(rng: &mut Rng) -> u32 {
     let mut value = 0x1f80;
     if rng.chance(40) {
         value |= (rng.below(4) as u32) << 13;

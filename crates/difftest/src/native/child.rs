@@ -17,7 +17,7 @@ use crate::pages::{self, Store};
 const PAGE_BYTES: usize = PAGE as usize;
 const SIGNAL_STACK: usize = 256 * 1024;
 /// How often a case's time is looked at, in microseconds of its CPU time.
-const TICK_MICROSECONDS: i64 = 20_000;
+const TICK_MICROSECONDS: i64 = 4_000;
 /// Bytes of the signal frame's FXSAVE image that are the test's; what follows is the
 /// kernel's own description of the frame.
 const LEGACY_BYTES: usize = 416;

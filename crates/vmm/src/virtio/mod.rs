@@ -20,7 +20,7 @@ mod pipe;
 mod root;
 mod sys;
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -34,6 +34,8 @@ pub use disk::DiskError;
 use doorbell::Doorbell;
 pub use root::PciRoot;
 use root::{Endpoint, Shared};
+
+pub use crate::config::ConsolePort as Port;
 
 /// The most request queues a disk gets.
 const MAX_BLOCK_QUEUES: u16 = 4;
@@ -60,24 +62,6 @@ pub enum Error {
     /// A worker thread could not be started.
     #[error("cannot start a thread for a device")]
     Thread(#[source] io::Error),
-}
-
-/// A console port and the host's ends of it.
-pub struct Port {
-    /// What the guest finds it by.
-    pub name: String,
-    /// What the guest reads. Its end is told to the guest once all was delivered.
-    pub input: Option<Box<dyn Read + Send>>,
-    /// Where the guest's bytes go. `None` drops them.
-    pub output: Option<Box<dyn Write + Send>>,
-}
-
-impl std::fmt::Debug for Port {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Port")
-            .field("name", &self.name)
-            .finish_non_exhaustive()
-    }
 }
 
 /// What every device is connected to.

@@ -3,7 +3,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::root::lock;
+use crate::sync::lock;
 
 #[derive(Debug, Default)]
 struct State {

@@ -4,7 +4,7 @@
 //! only to find the device, so vCPUs meet on it no longer than that. No I/O is done under
 //! either lock.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use strata_devices::pci::{
     BAR_COUNT, BarWindows, BusFull, HostBridge, PciBus, PciFunction, PciLayout,
@@ -13,16 +13,12 @@ use strata_devices::virtio::{Events, Transport, VirtioDevice, VirtioPci};
 
 use super::doorbell::Doorbell;
 use super::{Connect, MsiSink};
+use crate::sync::lock;
 
 /// A function that several threads reach.
 pub(super) trait Endpoint: Send + Sync {
     /// Runs `access` on the function, then does what comes of it.
     fn access(&self, access: &mut dyn FnMut(&mut dyn PciFunction));
-}
-
-/// Locks; a thread that panicked has left a state machine that is still one.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Bridge(Mutex<HostBridge>);

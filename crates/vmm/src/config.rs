@@ -1,0 +1,88 @@
+//! What a machine is made of, as its owner asks for it.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+
+/// Everything a machine is built from.
+#[derive(Debug)]
+pub struct MachineConfig {
+    /// Number of vCPUs. One, for now.
+    pub cpus: u8,
+    /// Bytes of RAM, a multiple of 4 KiB.
+    pub memory: u64,
+    /// What runs the vCPUs.
+    pub accel: Accel,
+    /// A Linux bzImage or ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// Parts of the initial RAM disk, put together in order, each padded to 4 bytes. Empty:
+    /// there is none.
+    pub initrd: Vec<InitrdPart>,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// Virtio disks, in order: vda, vdb, ...
+    pub disks: Vec<DiskConfig>,
+    /// The serial port, ttyS0.
+    pub console: SerialConsole,
+    /// Ports of a virtio console. Empty: there is no such device.
+    pub ports: Vec<ConsolePort>,
+}
+
+/// What runs the vCPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Accel {
+    /// The best that works on this host.
+    #[default]
+    Auto,
+    /// The software CPU. Never opens `/dev/kvm`.
+    Soft,
+}
+
+/// A part of the initial RAM disk.
+#[derive(Clone, Debug)]
+pub enum InitrdPart {
+    /// The content of a file.
+    File(PathBuf),
+    /// These bytes.
+    Bytes(Vec<u8>),
+}
+
+/// A disk image or block device.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// Where it is on the host.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+}
+
+/// Where the serial port is connected to on the host.
+pub struct SerialConsole {
+    /// Takes what the guest sends. Written to from a thread of its own and flushed
+    /// whenever the guest pauses.
+    pub output: Box<dyn Write + Send>,
+    /// What the guest receives. Its end is not the end of the guest.
+    pub input: Option<Box<dyn Read + Send>>,
+}
+
+impl std::fmt::Debug for SerialConsole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let input = self.input.is_some();
+        f.debug_struct("SerialConsole").field("input", &input).finish_non_exhaustive()
+    }
+}
+
+/// A port of the virtio console: `/dev/virtio-ports/NAME` in the guest.
+pub struct ConsolePort {
+    /// Its name.
+    pub name: String,
+    /// What the guest reads; when it ends, so does the guest's.
+    pub input: Option<Box<dyn Read + Send>>,
+    /// Takes what the guest writes.
+    pub output: Option<Box<dyn Write + Send>>,
+}
+
+impl std::fmt::Debug for ConsolePort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConsolePort").field("name", &self.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,283 @@
+//! Interrupt delivery: from I/O APIC pins, MSIs and IPIs to local APICs and on to the
+//! vCPU that has to look up.
+//!
+//! Called by devices' glue from any thread and by vCPUs for their own local APIC. Lock
+//! order: I/O APIC, then a local APIC; neither is held while a vCPU is woken.
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use strata_devices::ioapic::{IoApic, Message};
+use strata_devices::lapic::{Action, Delivery, Ipi, Lapic, Target};
+
+use crate::clock::Clock;
+use crate::sync::lock;
+use crate::virtio::MsiSink;
+
+/// MSI addresses are `0xfeexxxxx` (Intel SDM vol. 3A §11.11.1).
+const MSI_ADDRESS: u64 = 0xfee0_0000;
+const MSI_ADDRESS_MASK: u64 = 0xffff_ffff_fff0_0000;
+
+/// Makes a vCPU look at its interrupts and its stop flag. Never lost, from any thread.
+pub(crate) type Wake = Box<dyn Fn() + Send + Sync>;
+
+struct Vcpu {
+    lapic: Mutex<Lapic>,
+    /// Set once the vCPU's thread has made its processor.
+    wake: OnceLock<Wake>,
+}
+
+struct Inner {
+    vcpus: Vec<Vcpu>,
+    ioapic: Mutex<IoApic>,
+}
+
+/// A machine's interrupt controllers. Clones are the same controllers.
+#[derive(Clone)]
+pub struct Interrupts(Arc<Inner>);
+
+impl std::fmt::Debug for Interrupts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Interrupts").field("vcpus", &self.0.vcpus.len()).finish_non_exhaustive()
+    }
+}
+
+impl Interrupts {
+    pub(crate) fn new(vcpus: u8, clock: &Clock) -> Self {
+        let vcpu = |index: u8| Vcpu {
+            lapic: Mutex::new(Lapic::new(index.into(), index == 0, clock.tsc_khz)),
+            wake: OnceLock::new(),
+        };
+        let vcpus = (0..vcpus).map(vcpu).collect();
+        Self(Arc::new(Inner { vcpus, ioapic: Mutex::new(IoApic::new()) }))
+    }
+
+    /// Delivers a message-signalled interrupt: a write of `data` to `address`.
+    pub fn deliver_msi(&self, address: u64, data: u32) {
+        if address & MSI_ADDRESS_MASK != MSI_ADDRESS {
+            return;
+        }
+        self.deliver_message(&Message {
+            destination: (address >> 12) as u8,
+            logical: address & 1 << 2 != 0,
+            delivery_mode: (data >> 8 & 7) as u8,
+            vector: data as u8,
+            level: data & 1 << 15 != 0,
+        });
+    }
+
+    /// Drives the line of global system interrupt `gsi` (0 to 23).
+    pub fn set_line(&self, gsi: u8, asserted: bool) {
+        let message = lock(&self.0.ioapic).set_line(gsi, asserted);
+        if let Some(message) = message {
+            self.deliver_message(&message);
+        }
+    }
+
+    fn deliver_message(&self, message: &Message) {
+        let destination = u32::from(message.destination);
+        let target = match message.destination {
+            0xff => Target::All,
+            _ if message.logical => Target::Logical(destination),
+            _ => Target::Physical(destination),
+        };
+        let delivery = match message.delivery_mode {
+            0 => Delivery::Fixed(message.vector),
+            1 => Delivery::LowestPriority(message.vector),
+            4 => Delivery::Nmi,
+            5 => Delivery::Init,
+            _ => return,
+        };
+        self.deliver(target, delivery, message.level);
+    }
+
+    fn deliver(&self, target: Target, delivery: Delivery, level: bool) {
+        let (vector, one) = match delivery {
+            Delivery::Fixed(vector) => (vector, false),
+            Delivery::LowestPriority(vector) => (vector, true),
+            Delivery::Nmi | Delivery::Init | Delivery::Startup(_) => {
+                tracing::debug!(?target, ?delivery, "interrupt message of a kind not delivered");
+                return;
+            }
+        };
+        for vcpu in &self.0.vcpus {
+            let mut lapic = lock(&vcpu.lapic);
+            if !lapic.is_target(target) {
+                continue;
+            }
+            let accepted = lapic.accept(vector, level);
+            drop(lapic);
+            if accepted {
+                vcpu.wake();
+                if one {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Does what a local APIC of vCPU `sender` asked for.
+    pub(crate) fn act(&self, sender: usize, action: Action) {
+        match action {
+            Action::None => {}
+            Action::Eoi(vector) => {
+                let messages = lock(&self.0.ioapic).end_of_interrupt(vector);
+                messages.iter().for_each(|message| self.deliver_message(message));
+            }
+            Action::Ipi(Ipi { target: Target::Sender, delivery: Delivery::Fixed(vector) }) => {
+                self.with_lapic(sender, |lapic| lapic.accept(vector, false));
+                self.wake(sender);
+            }
+            Action::Ipi(Ipi { target: Target::Others, delivery: Delivery::Fixed(vector) }) => {
+                let others = (0..self.0.vcpus.len()).filter(|index| *index != sender);
+                for index in others {
+                    if self.with_lapic(index, |lapic| lapic.accept(vector, false)) == Some(true) {
+                        self.wake(index);
+                    }
+                }
+            }
+            Action::Ipi(Ipi { target, delivery }) => self.deliver(target, delivery, false),
+        }
+    }
+
+    /// Runs `f` on the local APIC of vCPU `index`.
+    pub(crate) fn with_lapic<T>(&self, index: usize, f: impl FnOnce(&mut Lapic) -> T) -> Option<T> {
+        let vcpu = self.0.vcpus.get(index)?;
+        Some(f(&mut lock(&vcpu.lapic)))
+    }
+
+    /// A load from the I/O APIC's MMIO page.
+    pub(crate) fn ioapic_read(&self, offset: u64, data: &mut [u8]) {
+        lock(&self.0.ioapic).mmio_read(offset, data);
+    }
+
+    /// A store to the I/O APIC's MMIO page.
+    pub(crate) fn ioapic_write(&self, offset: u64, data: &[u8]) {
+        let messages = lock(&self.0.ioapic).mmio_write(offset, data);
+        messages.iter().for_each(|message| self.deliver_message(message));
+    }
+
+    /// Sets how vCPU `index` is woken. The first caller wins.
+    pub(crate) fn attach(&self, index: usize, wake: Wake) {
+        if let Some(vcpu) = self.0.vcpus.get(index) {
+            let _ = vcpu.wake.set(wake);
+        }
+    }
+
+    /// Wakes vCPU `index`, if it runs already.
+    pub(crate) fn wake(&self, index: usize) {
+        if let Some(vcpu) = self.0.vcpus.get(index) {
+            vcpu.wake();
+        }
+    }
+
+    /// Wakes every vCPU.
+    pub(crate) fn wake_all(&self) {
+        self.0.vcpus.iter().for_each(Vcpu::wake);
+    }
+}
+
+impl Vcpu {
+    fn wake(&self) {
+        if let Some(wake) = self.wake.get() {
+            wake();
+        }
+    }
+}
+
+impl MsiSink for Interrupts {
+    fn deliver_msi(&self, address: u64, data: u32) {
+        Interrupts::deliver_msi(self, address, data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    const CLOCK: Clock = Clock { tsc_khz: 1_000_000, start_tsc: 0 };
+    const SVR: u64 = 0xf0;
+
+    /// Two vCPUs with enabled local APICs, and how often each was woken.
+    fn two() -> (Interrupts, [Arc<AtomicU32>; 2]) {
+        let interrupts = Interrupts::new(2, &CLOCK);
+        let woken: [Arc<AtomicU32>; 2] = Default::default();
+        for (index, count) in woken.iter().enumerate() {
+            interrupts.with_lapic(index, |l| l.mmio_write(SVR, &0x1ff_u32.to_le_bytes(), 0));
+            let count = Arc::clone(count);
+            let wake = move || {
+                count.fetch_add(1, Ordering::Relaxed);
+            };
+            interrupts.attach(index, Box::new(wake));
+        }
+        (interrupts, woken)
+    }
+
+    fn pending(interrupts: &Interrupts, index: usize) -> Option<u8> {
+        interrupts.with_lapic(index, |lapic| lapic.pending_vector(0)).unwrap()
+    }
+
+    fn counts(woken: &[Arc<AtomicU32>; 2]) -> [u32; 2] {
+        [0, 1].map(|i| woken[i].load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn an_msi_reaches_the_cpu_in_its_address_and_wakes_only_that() {
+        let (interrupts, woken) = two();
+
+        interrupts.deliver_msi(0xfee0_1000, 0x45);
+
+        assert_eq!((pending(&interrupts, 0), pending(&interrupts, 1)), (None, Some(0x45)));
+        assert_eq!(counts(&woken), [0, 1]);
+    }
+
+    #[test]
+    fn an_msi_to_all_reaches_all_and_one_elsewhere_nobody() {
+        let (interrupts, woken) = two();
+
+        interrupts.deliver_msi(0xfeef_f000, 0x45);
+        interrupts.deliver_msi(0x1_fee0_0000, 0x46);
+        interrupts.deliver_msi(0, 0x46);
+
+        assert_eq!((pending(&interrupts, 0), pending(&interrupts, 1)), (Some(0x45), Some(0x45)));
+        assert_eq!(counts(&woken), [1, 1]);
+    }
+
+    #[test]
+    fn a_lowest_priority_message_reaches_one_cpu() {
+        let (interrupts, woken) = two();
+
+        interrupts.deliver_msi(0xfeef_f000, 1 << 8 | 0x45);
+
+        assert_eq!(counts(&woken), [1, 0]);
+    }
+
+    #[test]
+    fn a_level_interrupt_is_raised_again_after_its_end_while_the_line_is_up() {
+        let (interrupts, _) = two();
+        interrupts.ioapic_write(0, &[0x10 + 2 * 9]);
+        interrupts.ioapic_write(0x10, &(1_u32 << 15 | 0x51).to_le_bytes());
+        interrupts.set_line(9, true);
+        let take = || interrupts.with_lapic(0, |lapic| lapic.acknowledge(0)).unwrap();
+        assert_eq!(take(), Some(0x51));
+
+        interrupts.with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0)).map(|a| interrupts.act(0, a));
+        assert_eq!(take(), Some(0x51));
+
+        interrupts.set_line(9, false);
+        interrupts.with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0)).map(|a| interrupts.act(0, a));
+        assert_eq!(take(), None);
+    }
+
+    #[test]
+    fn an_ipi_to_the_others_leaves_the_sender_out() {
+        let (interrupts, woken) = two();
+        let ipi = Ipi { target: Target::Others, delivery: Delivery::Fixed(0x60) };
+
+        interrupts.act(1, Action::Ipi(ipi));
+
+        assert_eq!((pending(&interrupts, 0), pending(&interrupts, 1)), (Some(0x60), None));
+        assert_eq!(counts(&woken), [1, 0]);
+    }
+}

@@ -1,0 +1,220 @@
+//! One vCPU's side of the machine: the [`Bus`] that its processor calls, and the loop of
+//! its thread.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use strata_devices::lapic::{
+    LAPIC_BASE, LAPIC_SIZE, Lapic, MSR_APIC_BASE, MSR_TSC_DEADLINE, MSR_X2APIC, MSR_X2APIC_END,
+};
+use strata_hypervisor::soft::SoftCpu;
+use strata_hypervisor::state::Registers;
+use strata_hypervisor::{Bus, Halt, Processor};
+use strata_memory::GuestMemory;
+
+use crate::bus::Buses;
+use crate::clock::{Clock, tsc};
+use crate::ending::{Ending, Outcome};
+use crate::interrupts::{Interrupts, Wake};
+use crate::pvclock::PvClock;
+use crate::sync::lock;
+use crate::timers::Timers;
+
+/// What all vCPUs of a machine share.
+pub(crate) struct Shared {
+    pub(crate) memory: GuestMemory,
+    pub(crate) buses: Buses,
+    pub(crate) interrupts: Interrupts,
+    pub(crate) timers: Timers,
+    pub(crate) clock: Clock,
+    pub(crate) ending: Arc<Ending>,
+    /// Set to end every vCPU's run.
+    pub(crate) stop: AtomicBool,
+}
+
+impl Shared {
+    /// Ends every vCPU's run.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.interrupts.wake_all();
+    }
+}
+
+/// The machine as one vCPU sees it.
+pub(crate) struct VcpuBus {
+    shared: Arc<Shared>,
+    index: usize,
+    pvclock: Mutex<PvClock>,
+}
+
+impl VcpuBus {
+    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Self {
+        Self { shared, index, pvclock: Mutex::default() }
+    }
+
+    fn lapic<T>(&self, f: impl FnOnce(&mut Lapic) -> T) -> Option<T> {
+        self.shared.interrupts.with_lapic(self.index, f)
+    }
+
+    /// Runs `f`, which may change the local APIC's timer, and lets the timer thread know.
+    fn with_timer<T>(&self, f: impl FnOnce(&mut Lapic) -> T) -> Option<T> {
+        let (result, next) = self.lapic(|lapic| {
+            let before = lapic.next_timer();
+            let result = f(lapic);
+            let after = lapic.next_timer();
+            (result, (before != after).then_some(after))
+        })?;
+        if let Some(deadline) = next {
+            self.shared.timers.arm(self.index, deadline);
+        }
+        Some(result)
+    }
+
+    fn lapic_offset(&self, address: u64) -> Option<u64> {
+        let offset = address.checked_sub(LAPIC_BASE).filter(|offset| *offset < LAPIC_SIZE)?;
+        self.lapic(|lapic| lapic.decodes_mmio())?.then_some(offset)
+    }
+}
+
+impl Bus for VcpuBus {
+    fn port_read(&self, port: u16, size: u8) -> u32 {
+        self.shared.buses.port_read(port, size)
+    }
+
+    fn port_write(&self, port: u16, size: u8, value: u32) {
+        self.shared.buses.port_write(port, size, value);
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        match self.lapic_offset(address) {
+            Some(offset) => {
+                self.lapic(|lapic| lapic.mmio_read(offset, data, tsc()));
+            }
+            None => self.shared.buses.mmio_read(address, data),
+        }
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        let Some(offset) = self.lapic_offset(address) else {
+            return self.shared.buses.mmio_write(address, data);
+        };
+        if let Some(action) = self.with_timer(|lapic| lapic.mmio_write(offset, data, tsc())) {
+            self.shared.interrupts.act(self.index, action);
+        }
+    }
+
+    fn msr_read(&self, msr: u32) -> Option<u64> {
+        match msr {
+            MSR_APIC_BASE => self.lapic(|lapic| lapic.base()),
+            MSR_TSC_DEADLINE => self.lapic(|lapic| lapic.tsc_deadline(tsc())),
+            MSR_X2APIC..=MSR_X2APIC_END => self.lapic(|lapic| lapic.msr_read(msr, tsc()))?.ok(),
+            _ if PvClock::has(msr) => Some(lock(&self.pvclock).read(msr)),
+            _ => None,
+        }
+    }
+
+    fn msr_write(&self, msr: u32, value: u64) -> Option<()> {
+        match msr {
+            MSR_APIC_BASE => self.with_timer(|lapic| lapic.set_base(value))?.ok(),
+            MSR_TSC_DEADLINE => self.with_timer(|lapic| lapic.set_tsc_deadline(value, tsc())),
+            MSR_X2APIC..=MSR_X2APIC_END => {
+                let action = self.with_timer(|lapic| lapic.msr_write(msr, value, tsc()))?.ok()?;
+                self.shared.interrupts.act(self.index, action);
+                Some(())
+            }
+            _ if PvClock::has(msr) => {
+                let Shared { memory, clock, .. } = &*self.shared;
+                lock(&self.pvclock).write(msr, value, memory, clock)
+            }
+            _ => None,
+        }
+    }
+
+    fn interrupt_pending(&self) -> bool {
+        // A periodic timer rearms itself when it is found to have expired.
+        self.with_timer(|lapic| lapic.pending_vector(tsc())).flatten().is_some()
+    }
+
+    fn acknowledge_interrupt(&self) -> Option<u8> {
+        self.with_timer(|lapic| lapic.acknowledge(tsc()))?
+    }
+
+    fn task_priority(&self) -> u8 {
+        self.lapic(|lapic| lapic.task_priority() >> 4).unwrap_or(0)
+    }
+
+    fn set_task_priority(&self, priority: u8) {
+        self.lapic(|lapic| lapic.set_task_priority(priority << 4));
+    }
+
+    fn next_timer(&self) -> Option<u64> {
+        self.lapic(|lapic| lapic.next_timer())?
+    }
+}
+
+/// A processor as a vCPU's thread uses it.
+pub(crate) trait Vcpu {
+    /// Runs the guest until it halts for good or `stop` is set.
+    fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Halt;
+    /// How other threads make it look up.
+    fn wake(&self) -> Wake;
+}
+
+impl<P: Processor> Vcpu for P {
+    fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Halt {
+        Processor::run(self, stop, bus)
+    }
+
+    fn wake(&self) -> Wake {
+        let waker = self.waker();
+        Box::new(move || waker.wake())
+    }
+}
+
+/// Makes a vCPU on the thread that will run it. The text of an error says why it cannot.
+pub(crate) type Factory = dyn Fn(&Shared, u32) -> Result<Box<dyn Vcpu>, String> + Send + Sync;
+
+/// Makes software vCPUs that start with these registers.
+pub(crate) fn soft(registers: Registers) -> Box<Factory> {
+    Box::new(move |shared, index| {
+        let tsc_khz = u32::try_from(shared.clock.tsc_khz).unwrap_or(u32::MAX);
+        let make = || {
+            let mut cpu = SoftCpu::new(shared.memory.clone(), index, tsc_khz)?;
+            cpu.set_registers(&registers)?;
+            Ok(cpu)
+        };
+        make().map(|cpu| Box::new(cpu) as Box<dyn Vcpu>).map_err(|error| chain(&error))
+    })
+}
+
+/// An error and all its causes in one line.
+fn chain(error: &strata_hypervisor::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+/// What a vCPU's thread does: makes the processor, runs it, reports how it ended.
+pub(crate) fn run(shared: &Arc<Shared>, index: usize, factory: &Factory) {
+    let mut vcpu = match factory(shared, index as u32) {
+        Ok(vcpu) => vcpu,
+        Err(reason) => {
+            shared.ending.end(Outcome::Failed(format!("cannot make vCPU {index}: {reason}")));
+            return;
+        }
+    };
+    shared.interrupts.attach(index, vcpu.wake());
+    // What happened before anybody could wake this vCPU must not go unseen.
+    shared.interrupts.wake(index);
+    let bus = VcpuBus::new(Arc::clone(shared), index);
+    match vcpu.run(&shared.stop, &bus) {
+        Halt::Stopped => {}
+        Halt::TripleFault => shared.ending.end(Outcome::TripleFault),
+        Halt::Fatal(reason) => shared.ending.end(Outcome::Failed(reason)),
+    }
+}

@@ -1,0 +1,166 @@
+//! The machines that are compared, and what is done with one: a boot, or the rows.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use super::Side;
+use super::parts::{DONE, Parts, ROWS, SCRIPT, STARTED};
+use crate::{Error, checks, process, root};
+
+/// Guest memory on both sides.
+const MEMORY: &str = "512M";
+/// Longest time for a boot, and for all rows.
+const BOOT_LIMIT: Duration = Duration::from_mins(2);
+const ROWS_LIMIT: Duration = Duration::from_mins(20);
+
+/// A machine to measure.
+pub(crate) trait Guest {
+    fn side(&self) -> Side;
+    /// The command that boots `parts` with `words` added to the kernel's command line, and
+    /// ends when the guest reboots.
+    fn command(&self, parts: &Parts, words: &str) -> Command;
+}
+
+/// Strata, as built from this tree.
+pub(crate) struct Strata {
+    program: PathBuf,
+}
+
+impl Strata {
+    pub(crate) fn build() -> Result<Self, Error> {
+        let mut build = checks::cargo();
+        build.args(["build", "--release", "--package", "strata"]);
+        process::succeed("cargo build", &mut build)?;
+        let target = std::env::var_os("CARGO_TARGET_DIR")
+            .map_or_else(|| root().join("target"), |directory| root().join(directory));
+        Ok(Self {
+            program: target.join("release/strata"),
+        })
+    }
+}
+
+impl Guest for Strata {
+    fn side(&self) -> Side {
+        Side::Strata
+    }
+
+    fn command(&self, parts: &Parts, words: &str) -> Command {
+        let mut command = Command::new(&self.program);
+        command
+            .args(["run", "--accel", "soft", "--cpus", "1", "--memory", MEMORY])
+            .arg("--kernel")
+            .arg(&parts.kernel)
+            .arg("--initrd")
+            .arg(&parts.initrd)
+            .args(["--append", &command_line(words)]);
+        command
+    }
+}
+
+/// QEMU's lightest machine on its translator.
+pub(crate) struct Tcg {
+    program: PathBuf,
+}
+
+impl Tcg {
+    pub(crate) fn new(program: PathBuf) -> Self {
+        Self { program }
+    }
+}
+
+impl Guest for Tcg {
+    fn side(&self) -> Side {
+        Side::Tcg
+    }
+
+    fn command(&self, parts: &Parts, words: &str) -> Command {
+        let mut command = Command::new(&self.program);
+        command
+            .args(["-M", "microvm", "-accel", "tcg", "-cpu", "max"])
+            .args(["-smp", "1", "-m", MEMORY])
+            .args(["-nodefaults", "-no-user-config", "-nographic"])
+            .args(["-serial", "stdio", "-no-reboot"])
+            .arg("-kernel")
+            .arg(&parts.kernel)
+            .arg("-initrd")
+            .arg(&parts.initrd)
+            // microvm has no reset device that Linux tries by itself: a triple fault resets it
+            .args(["-append", &format!("{} reboot=t", command_line(words))]);
+        command
+    }
+}
+
+fn command_line(words: &str) -> String {
+    format!("console=ttyS0 quiet panic=-1 rdinit={SCRIPT} {words}")
+}
+
+/// Wall time of a whole boot up to the first process and of the reboot that it asks for at
+/// once, in seconds.
+pub(crate) fn boot(guest: &dyn Guest, parts: &Parts) -> Result<f64, Error> {
+    let what = format!("{:?}", guest.side());
+    let done = process::measure(&what, &mut guest.command(parts, ""), BOOT_LIMIT)?;
+    complete(&what, &done.output)?;
+    Ok(done.wall.as_secs_f64())
+}
+
+/// The rows as measured inside the guest, in seconds.
+pub(crate) fn rows(guest: &dyn Guest, parts: &Parts) -> Result<Vec<(String, f64)>, Error> {
+    let what = format!("{:?}", guest.side());
+    let done = process::measure(&what, &mut guest.command(parts, ROWS), ROWS_LIMIT)?;
+    complete(&what, &done.output)?;
+    parse(&what, &done.output)
+}
+
+/// The rows on this host.
+pub(crate) fn native_rows(parts: &Parts) -> Result<Vec<(String, f64)>, Error> {
+    let mut command = Command::new(&parts.program);
+    let done = process::measure("guest-bench", &mut command, ROWS_LIMIT)?;
+    parse("guest-bench", &done.output)
+}
+
+fn complete(what: &str, output: &str) -> Result<(), Error> {
+    for marker in [STARTED, DONE] {
+        if !output.contains(marker) {
+            return Err(Error::Output(format!(
+                "{what} ended without {marker}; its console said:\n{output}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Finds the lines `ROW name seconds`, also behind other console output.
+fn parse(what: &str, output: &str) -> Result<Vec<(String, f64)>, Error> {
+    let rows: Vec<(String, f64)> = output
+        .lines()
+        .filter_map(|line| {
+            let mut words = line[line.find("ROW ")?..].split_ascii_whitespace().skip(1);
+            Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
+        })
+        .collect();
+    if rows.is_empty() {
+        return Err(Error::Output(format!(
+            "{what} printed no rows, but:\n{output}"
+        )));
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_found_in_a_serial_console_log() {
+        let log = "BENCH-STARTED\r\nROW sieve 0.5\r\n[ 1.0] ROW crc 1.25\r\nROW torn\r\n";
+        let rows = parse("x", log).unwrap();
+        assert_eq!(rows, [("sieve".to_owned(), 0.5), ("crc".to_owned(), 1.25)]);
+    }
+
+    #[test]
+    fn a_guest_that_did_not_finish_is_an_error() {
+        assert!(complete("x", "BENCH-STARTED").is_err());
+        assert!(parse("x", "Kernel panic").is_err());
+    }
+}

@@ -1,0 +1,189 @@
+//! `cargo xtask bench`: native, Strata and QEMU TCG side by side, in one run.
+//!
+//! ```text
+//!   parts (guest-bench, kernel, one initramfs) ──► guests (native, Strata, TCG) ──► report
+//! ```
+//!
+//! Both machines boot the same kernel and initramfs with the same memory and one CPU. Runs
+//! are interleaved, so that a busy host slows all sides alike; what counts is the ratios.
+
+mod guests;
+mod parts;
+mod report;
+
+use std::collections::BTreeMap;
+
+use clap::ValueEnum;
+
+use crate::{Error, packages};
+use guests::{Guest, Strata, Tcg};
+use parts::Parts;
+use report::{Report, Row};
+
+/// Arguments of `cargo xtask bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Boots of each machine; the median counts
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Rounds of the rows; each row is the best of three in itself, the median counts
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    row_runs: u32,
+    /// Leave out the boots
+    #[arg(long, conflicts_with = "boot_only")]
+    rows_only: bool,
+    /// Leave out the rows
+    #[arg(long)]
+    boot_only: bool,
+    /// Sides to leave out, for work on the others
+    #[arg(long, value_enum)]
+    skip: Vec<Side>,
+    /// Form of the report
+    #[arg(long, value_enum, default_value_t = Form::Text)]
+    output: Form,
+}
+
+/// Who is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum Side {
+    /// This host, without a machine
+    Native,
+    /// Strata
+    Strata,
+    /// QEMU's TCG
+    Tcg,
+}
+
+/// Form of the report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Form {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+/// Measured times in seconds, by row and side.
+#[derive(Debug, Default)]
+struct Times(BTreeMap<(String, Side), Vec<f64>>);
+
+impl Times {
+    fn add(&mut self, row: &str, side: Side, seconds: f64) {
+        self.0
+            .entry((row.to_owned(), side))
+            .or_default()
+            .push(seconds);
+    }
+
+    fn median(&self, row: &str, side: Side) -> Option<f64> {
+        let mut times = self.0.get(&(row.to_owned(), side))?.clone();
+        times.sort_by(f64::total_cmp);
+        let middle = times.len() / 2;
+        Some(if times.len().is_multiple_of(2) {
+            f64::midpoint(times[middle - 1], times[middle])
+        } else {
+            times[middle]
+        })
+    }
+
+    fn row(&self, name: &str) -> Row {
+        Row {
+            name: name.to_owned(),
+            native: self.median(name, Side::Native),
+            strata: self.median(name, Side::Strata),
+            tcg: self.median(name, Side::Tcg),
+        }
+    }
+}
+
+/// Measures and prints.
+pub(crate) fn run(args: &Args) -> Result<(), Error> {
+    let wanted = |side| !args.skip.contains(&side);
+    let mut guests: Vec<Box<dyn Guest>> = Vec::new();
+    if wanted(Side::Tcg) {
+        guests.push(Box::new(Tcg::new(packages::QEMU.require()?)));
+    }
+    let parts = Parts::make()?;
+    if wanted(Side::Strata) {
+        guests.insert(0, Box::new(Strata::build()?));
+    }
+
+    let boot = if args.rows_only {
+        None
+    } else {
+        Some(boots(&guests, &parts, args.runs)?)
+    };
+    let rows = if args.boot_only {
+        Vec::new()
+    } else {
+        let native = wanted(Side::Native);
+        rows(&guests, &parts, args.row_runs, native)?
+    };
+    let report = Report::new(boot, rows);
+    match args.output {
+        Form::Text => print!("{report}"),
+        Form::Json => println!("{}", report.json()),
+    }
+    Ok(())
+}
+
+/// Boots every machine `runs` times, in turn.
+fn boots(guests: &[Box<dyn Guest>], parts: &Parts, runs: u32) -> Result<Row, Error> {
+    let name = "boot to init";
+    let mut times = Times::default();
+    for run in 1..=runs {
+        for guest in guests {
+            let seconds = guests::boot(&**guest, parts)?;
+            eprintln!("boot {run}/{runs} {:?}: {seconds:.2} s", guest.side());
+            times.add(name, guest.side(), seconds);
+        }
+    }
+    Ok(times.row(name))
+}
+
+/// Runs the rows on every side, in turn.
+fn rows(
+    guests: &[Box<dyn Guest>],
+    parts: &Parts,
+    runs: u32,
+    native: bool,
+) -> Result<Vec<Row>, Error> {
+    let mut names: Vec<String> = Vec::new();
+    let mut times = Times::default();
+    let mut note = |side, results: Vec<(String, f64)>| {
+        for (name, seconds) in results {
+            if !names.contains(&name) {
+                names.push(name.clone());
+            }
+            times.add(&name, side, seconds);
+        }
+    };
+    for run in 1..=runs {
+        if native {
+            eprintln!("rows {run}/{runs} Native");
+            note(Side::Native, guests::native_rows(parts)?);
+        }
+        for guest in guests {
+            eprintln!("rows {run}/{runs} {:?}", guest.side());
+            note(guest.side(), guests::rows(&**guest, parts)?);
+        }
+    }
+    Ok(names.iter().map(|name| times.row(name)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_not_moved_by_one_slow_run() {
+        let mut times = Times::default();
+        for seconds in [1.0, 9.0, 1.2, 1.1] {
+            times.add("x", Side::Tcg, seconds);
+        }
+        assert_eq!(times.median("x", Side::Tcg), Some(1.15));
+        times.add("x", Side::Tcg, 1.2);
+        assert_eq!(times.median("x", Side::Tcg), Some(1.2));
+        assert_eq!(times.median("x", Side::Strata), None);
+    }
+}

@@ -1,0 +1,154 @@
+//! Measured times as a table or as JSON, with the ratios that count.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// One line: medians in seconds.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Row {
+    pub(crate) name: String,
+    pub(crate) native: Option<f64>,
+    pub(crate) strata: Option<f64>,
+    pub(crate) tcg: Option<f64>,
+}
+
+impl Row {
+    /// How many times faster than TCG Strata is.
+    fn tcg_by_strata(&self) -> Option<f64> {
+        Some(self.tcg? / self.strata?)
+    }
+
+    /// How many times slower than the host itself Strata is.
+    fn strata_by_native(&self) -> Option<f64> {
+        Some(self.strata? / self.native?)
+    }
+}
+
+/// All that was measured.
+#[derive(Debug)]
+pub(crate) struct Report {
+    boot: Option<Row>,
+    rows: Vec<Row>,
+}
+
+#[derive(Serialize)]
+struct WithRatios<'a> {
+    #[serde(flatten)]
+    row: &'a Row,
+    tcg_by_strata: Option<f64>,
+    strata_by_native: Option<f64>,
+}
+
+impl<'a> From<&'a Row> for WithRatios<'a> {
+    fn from(row: &'a Row) -> Self {
+        Self {
+            row,
+            tcg_by_strata: row.tcg_by_strata(),
+            strata_by_native: row.strata_by_native(),
+        }
+    }
+}
+
+impl Report {
+    pub(crate) fn new(boot: Option<Row>, rows: Vec<Row>) -> Self {
+        Self { boot, rows }
+    }
+
+    pub(crate) fn json(&self) -> String {
+        let rows: Vec<WithRatios<'_>> = self.rows.iter().map(Into::into).collect();
+        let value = serde_json::json!({
+            "boot": self.boot.as_ref().map(WithRatios::from),
+            "rows": rows,
+            "geometric_mean": {
+                "tcg_by_strata": self.mean(Row::tcg_by_strata),
+                "strata_by_native": self.mean(Row::strata_by_native),
+            },
+        });
+        format!("{value:#}")
+    }
+
+    /// Geometric mean of a ratio over the rows that have it; `None` where none has.
+    fn mean(&self, ratio: impl Fn(&Row) -> Option<f64>) -> Option<f64> {
+        let logarithms: Vec<f64> = self.rows.iter().filter_map(ratio).map(f64::ln).collect();
+        #[expect(clippy::cast_precision_loss, reason = "a handful of rows")]
+        let count = logarithms.len() as f64;
+        (count > 0.0).then(|| (logarithms.iter().sum::<f64>() / count).exp())
+    }
+}
+
+fn cell(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = |cells: [&str; 6]| {
+            let [name, numbers @ ..] = cells;
+            write!(f, "{name:<16}")?;
+            for number in numbers {
+                write!(f, "{number:>15}")?;
+            }
+            writeln!(f)
+        };
+        line([
+            "",
+            "native s",
+            "Strata s",
+            "TCG s",
+            "TCG/Strata",
+            "Strata/native",
+        ])?;
+        for row in self.boot.iter().chain(&self.rows) {
+            line([
+                &row.name,
+                &cell(row.native, 4),
+                &cell(row.strata, 4),
+                &cell(row.tcg, 4),
+                &cell(row.tcg_by_strata(), 2),
+                &cell(row.strata_by_native(), 2),
+            ])?;
+        }
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        line([
+            "geometric mean",
+            "",
+            "",
+            "",
+            &cell(self.mean(Row::tcg_by_strata), 2),
+            &cell(self.mean(Row::strata_by_native), 2),
+        ])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(native: f64, strata: f64, tcg: f64) -> Row {
+        Row {
+            name: "r".into(),
+            native: Some(native),
+            strata: Some(strata),
+            tcg: Some(tcg),
+        }
+    }
+
+    #[test]
+    fn ratios_are_averaged_geometrically() {
+        let report = Report::new(None, vec![row(1.0, 2.0, 4.0), row(1.0, 1.0, 8.0)]);
+        let mean = report.mean(Row::tcg_by_strata).unwrap();
+        assert!((mean - 4.0).abs() < 1e-12);
+        assert!(report.json().contains("tcg_by_strata"));
+    }
+
+    #[test]
+    fn a_side_that_was_left_out_is_a_dash() {
+        let mut only = row(1.0, 2.0, 4.0);
+        only.strata = None;
+        let text = Report::new(None, vec![only]).to_string();
+        assert!(text.contains('-') && !text.contains("NaN"), "{text}");
+    }
+}

@@ -1,0 +1,80 @@
+//! `cargo xtask test`, `difftest` and `long`: what to run, and with what. The checks
+//! themselves are tests of the crates.
+
+use std::env;
+use std::process::Command;
+
+use crate::{Error, packages, process, root};
+
+/// Cases of `cargo xtask difftest` unless told otherwise.
+pub(crate) const DIFFTEST_CASES: u64 = 200_000;
+/// Cases and boots of `cargo xtask long`.
+const LONG_CASES: u64 = 1_000_000;
+const LONG_BOOTS: u32 = 50;
+
+/// Runs all tests, with nextest where it is installed.
+pub(crate) fn test(arguments: &[String]) -> Result<(), Error> {
+    packages::provide(packages::FOR_TESTS)?;
+    let mut tests = cargo();
+    if has_nextest() {
+        tests
+            .args(["nextest", "run", "--workspace"])
+            .args(arguments);
+        process::succeed("cargo nextest", &mut tests)?;
+        // nextest does not run the examples in documentation
+        if arguments.is_empty() {
+            let mut doc = cargo();
+            process::succeed(
+                "cargo test --doc",
+                doc.args(["test", "--workspace", "--doc", "--quiet"]),
+            )?;
+        }
+        return Ok(());
+    }
+    tests.args(["test", "--workspace"]).args(arguments);
+    process::succeed("cargo test", &mut tests)
+}
+
+/// Runs the differential test alone.
+pub(crate) fn difftest(cases: u64, seed: Option<u64>) -> Result<(), Error> {
+    let mut run = cargo();
+    run.args(["run", "--release", "--package", "strata-difftest", "--"])
+        .args(["--cases", &cases.to_string()]);
+    if let Some(seed) = seed {
+        run.args(["--seed", &seed.to_string()]);
+    }
+    process::succeed("the differential test", &mut run)
+}
+
+/// Runs what takes too long for every change.
+pub(crate) fn long() -> Result<(), Error> {
+    difftest(LONG_CASES, None)?;
+    packages::provide(packages::FOR_TESTS)?;
+    let mut boots = cargo();
+    boots
+        .env("STRATA_TEST_BOOTS", LONG_BOOTS.to_string())
+        .args([
+            "test",
+            "--release",
+            "--package",
+            "strata",
+            "--test",
+            "system",
+        ])
+        .args(["--", "boots_in_a_row", "--nocapture"]);
+    process::succeed("boots in a row", &mut boots)
+}
+
+/// The cargo that runs us, in the workspace.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+fn has_nextest() -> bool {
+    cargo()
+        .args(["nextest", "--version"])
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
