@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 use strata_memory::{CodeWriteListener, GuestMemory, PAGE_SIZE};
 
 use crate::blocks::{Blocks, Key};
@@ -20,7 +21,7 @@ use crate::bus::{Bus, Waker};
 use crate::exception::{Exception, vector};
 use crate::mmu::{Core, Kind, Privilege, Target};
 use crate::signal::{self, Window};
-use crate::state::{BOUNCE_SIZE, State, cr0, cr4, rflags};
+use crate::state::{BOUNCE_SIZE, State, cr0, cr4, gpr, rflags};
 use crate::system::{self, Flow};
 use crate::translate::asm::Asm;
 use crate::translate::cache::CodeCache;
@@ -238,6 +239,10 @@ impl Cpu {
         let leave = Leave::from_code(code);
         let done = match leave {
             Leave::Lookup | Leave::Attention => true,
+            Leave::Branch => match self.check_branch() {
+                Ok(()) => true,
+                Err(exception) => return self.deliver(bus, exception),
+            },
             Leave::Link => {
                 self.link();
                 true
@@ -265,6 +270,10 @@ impl Cpu {
         let Some(instruction) = self.blocks.system(number) else {
             return Some(Exit::Fatal(format!("no system instruction {number}")));
         };
+        if instruction.is_call_near_indirect() {
+            // translated code leaves these only when the target is not canonical
+            return self.deliver(bus, Exception::general_protection(0));
+        }
         match system::execute(&mut self.core, bus, &instruction) {
             Ok(Flow::Next) => self.core.state.rip = instruction.next_ip(),
             Ok(Flow::Jump) => {}
@@ -272,7 +281,36 @@ impl Cpu {
             Ok(Flow::Fatal(reason)) => return Some(Exit::Fatal(reason)),
             Err(exception) => return self.deliver(bus, exception),
         }
-        (trap && system::deliver_single_step(&mut self.core, bus).is_err()).then_some(Exit::TripleFault)
+        // entering a handler clears TF, and what an INT sets off is over with it
+        let entered = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Syscall
+        );
+        (trap && !entered && system::deliver_single_step(&mut self.core, bus).is_err())
+            .then_some(Exit::TripleFault)
+    }
+
+    /// After an indirect branch that found no block: a target that is not canonical is the
+    /// branch's own fault (Intel SDM vol. 2, JMP, RET), so what it did is undone.
+    fn check_branch(&mut self) -> Result<(), Exception> {
+        let state = &mut *self.core.state;
+        if Core::canonical(state.rip) {
+            return Ok(());
+        }
+        state.rip = state.temp[0];
+        let rip = state.rip;
+        let bus = self.current_bus();
+        let mut bytes = [0; MAX_INSTRUCTION];
+        // RET is one byte, or three with the count of what it drops
+        let length = (PAGE_SIZE - rip % PAGE_SIZE).min(MAX_INSTRUCTION as u64) as usize;
+        self.core.read_linear(bus, rip, &mut bytes[..length], Privilege::Supervisor)?;
+        let instruction = Decoder::with_ip(64, &bytes, rip, DecoderOptions::NONE).decode();
+        if instruction.mnemonic() == Mnemonic::Ret {
+            let dropped = if instruction.op_count() == 1 { u64::from(instruction.immediate16()) } else { 0 };
+            let rsp = &mut self.core.state.gpr[gpr::RSP];
+            *rsp = rsp.wrapping_sub(8 + dropped);
+        }
+        Err(Exception::general_protection(0))
     }
 
     /// Waits until there is an interrupt to take or the vCPU is to stop.
@@ -499,7 +537,7 @@ impl Cpu {
                 if what & meta::STACK != 0 && exception.vector == vector::GP {
                     exception.vector = vector::SS;
                 }
-                if let Some(earlier) = self.earlier_fault(address, size, what) {
+                if let Some(earlier) = earlier_fault(address, size, what) {
                     exception = earlier;
                 }
                 self.raised = Some(exception);
@@ -507,18 +545,6 @@ impl Cpu {
         }
         self.core.state.rip = rip;
         None
-    }
-
-    /// What an access that is going to fault anyway raises instead, because it is checked
-    /// before the address is translated.
-    fn earlier_fault(&self, address: u64, size: u64, what: u32) -> Option<Exception> {
-        const ERROR_SUMMARY: u8 = 1 << 7;
-        // FSW is at offset 2 of the XSAVE area, which the slow path has filled
-        if what & meta::WAITS != 0 && self.core.state.xsave.0[2] & ERROR_SUMMARY != 0 {
-            return Some(Exception::new(vector::MF));
-        }
-        (what & meta::ALIGNED != 0 && !address.is_multiple_of(size.max(1)))
-            .then(|| Exception::general_protection(0))
     }
 
     fn settle_access(
@@ -602,6 +628,25 @@ impl Cpu {
 enum Place {
     Direct(*mut u8),
     Bounced(*mut u8),
+}
+
+/// What an access that is going to fault anyway raises instead, because it is checked
+/// before the address is translated.
+fn earlier_fault(address: u64, size: u64, what: u32) -> Option<Exception> {
+    if what & meta::WAITS != 0 && x87_exception_pending() {
+        return Some(Exception::new(vector::MF));
+    }
+    (what & meta::ALIGNED != 0 && !address.is_multiple_of(size.max(1)))
+        .then(|| Exception::general_protection(0))
+}
+
+/// Whether the guest's x87 state, which stays loaded in slow paths, has an unmasked
+/// exception pending.
+fn x87_exception_pending() -> bool {
+    let status: u16;
+    // SAFETY: FNSTSW only reads the x87 status word, and does not wait.
+    unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack)) };
+    status & 0x80 != 0
 }
 
 const ARCH_SET_GS: libc::c_int = 0x1001;

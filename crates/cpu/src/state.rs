@@ -271,8 +271,12 @@ pub struct State {
     pub(crate) commit_length: u64,
     /// Guest linear address of the bounced store.
     pub(crate) commit_address: u64,
-    /// Host MXCSR and a default one, for LDMXCSR/STMXCSR.
+    /// MXCSR as Rust code expects it.
     pub(crate) default_mxcsr: u64,
+    /// The guest's MXCSR while a slow path runs.
+    pub(crate) mxcsr: u64,
+    /// The guest's vector registers while a slow path runs.
+    pub(crate) vectors: [[u8; 32]; 16],
     /// Set by the signal handler: trap number, host RIP and flags of a host fault.
     pub(crate) host_fault: HostFault,
     /// Opaque pointer for the runtime's slow paths.
@@ -351,6 +355,8 @@ impl State {
             commit_length: 0,
             commit_address: 0,
             default_mxcsr: 0x1f80,
+            mxcsr: 0,
+            vectors: [[0; 32]; 16],
             host_fault: HostFault::default(),
             runtime: std::ptr::null_mut(),
             xsave: XsaveArea::INITIAL,

@@ -18,13 +18,13 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, AmlSink};
+use acpi_tables::Aml;
 
 use crate::ioapic::IOAPIC_BASE;
 use crate::lapic::LAPIC_BASE;
 use crate::pm::{RESET_PORT, RESET_VALUE, SLEEP_PORT, SLEEP_TYPE_S5, TIMER_PORT};
 use crate::pvpanic::PVPANIC_PORT;
-use crate::rtc::{CENTURY, RTC_PORT};
+use crate::rtc::{CENTURY, PORTS as RTC_PORTS, RTC_PORT};
 use crate::serial::{COM1_GSI, COM1_PORT, PORTS as SERIAL_PORTS};
 
 const OEM_ID: [u8; 6] = *b"STRATA";
@@ -33,6 +33,12 @@ const OEM_REVISION: u32 = 1;
 /// `IAPC_BOOT_ARCH` bit 2: no VGA to probe for. The bits for an 8042 and other legacy
 /// devices stay clear.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
+/// `_STA`: present, enabled and working, but not to be shown to users.
+const STATUS_HIDDEN: u8 = 0x0b;
+/// First of PCI's eight configuration ports.
+const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// The ports, first and last, that PCI devices may be given.
+const PCI_IO_WINDOW: (u16, u16) = (0x1000, 0xffff);
 /// Revision 2 makes AML integers 64 bits wide.
 const DSDT_REVISION: u8 = 2;
 /// Tables begin at multiples of this.
@@ -53,21 +59,10 @@ pub struct Platform {
     pub pci_window_64: Range<u64>,
 }
 
-struct Bytes(Vec<u8>);
-
-impl AmlSink for Bytes {
-    fn byte(&mut self, byte: u8) {
-        self.0.push(byte);
-    }
-    fn vec(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
-    }
-}
-
 fn bytes(aml: &dyn Aml) -> Vec<u8> {
-    let mut sink = Bytes(Vec::new());
-    aml.to_aml_bytes(&mut sink);
-    sink.0
+    let mut bytes = Vec::new();
+    aml.to_aml_bytes(&mut bytes);
+    bytes
 }
 
 /// All tables, to be written to guest memory at `address`, a multiple of 16. The RSDP is
@@ -147,22 +142,171 @@ fn dsdt(platform: &Platform) -> Vec<u8> {
     dsdt.as_slice().to_vec()
 }
 
+/// A device in the system bus's scope, by its EISA ID and resources.
+fn device(name: &str, id: &str, resources: Vec<&dyn Aml>) -> Vec<u8> {
+    bytes(&Device::new(
+        Path::new(name),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new(id)),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
+        ],
+    ))
+}
+
 fn system_bus(platform: &Platform) -> Vec<u8> {
-    let mut scope = Vec::new();
-    scope.extend(pci_host(platform));
-    scope.extend(motherboard(platform));
-    scope.extend(device("COM1", "PNP0501", &[
-        &IO::new(COM1_PORT, COM1_PORT, 1, SERIAL_PORTS as u8),
-        &Interrupt::new(true, true, false, false, u32::from(COM1_GSI)),
-    ]));
-    // No interrupt: the clock has none, and Linux then offers no alarm.
-    scope.extend(device("RTC_", "PNP0B00", &[&IO::new(RTC_PORT, RTC_PORT, 1, 2)]));
-    let pvpanic = ResourceTemplate::new(vec![&IO_PVPANIC]);
-    scope.extend(bytes(&Device::new(Path::new("PVPN"), vec![
-        &Name::new(Path::new("_HID"), &"QEMU0001"),
-        // Present, enabled, working, and not to be shown to users.
-        &Name::new(Path::new("_STA"), &0x0b_u8),
-        &Name::new(Path::new("_CRS"), &pvpanic),
-    ])));
+    let mut scope = pci_host(platform);
+    let ecam = Memory32Fixed::new(true, platform.pci_ecam as u32, platform.pci_ecam_size as u32);
+    // Linux believes in memory-mapped configuration only where it is reserved.
+    scope.extend(device("MBRD", "PNP0C02", vec![&ecam]));
+    let com1 = IO::new(COM1_PORT, COM1_PORT, 1, SERIAL_PORTS as u8);
+    let com1_interrupt = Interrupt::new(true, true, false, false, COM1_GSI.into());
+    scope.extend(device("COM1", "PNP0501", vec![&com1, &com1_interrupt]));
+    // Without an interrupt: Linux then offers no alarm.
+    let rtc = IO::new(RTC_PORT, RTC_PORT, 1, RTC_PORTS as u8);
+    scope.extend(device("RTC_", "PNP0B00", vec![&rtc]));
+    scope.extend(pvpanic());
     Scope::raw(Path::new("_SB_"), scope)
+}
+
+fn pvpanic() -> Vec<u8> {
+    let port = IO::new(PVPANIC_PORT, PVPANIC_PORT, 1, 1);
+    bytes(&Device::new(
+        Path::new("PVPN"),
+        vec![
+            &Name::new(Path::new("_HID"), &"QEMU0001"),
+            &Name::new(Path::new("_STA"), &STATUS_HIDDEN),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&port])),
+        ],
+    ))
+}
+
+/// Bus 0 with its windows. No _PRT: devices interrupt by MSI-X alone.
+fn pci_host(platform: &Platform) -> Vec<u8> {
+    let last = |range: &Range<u64>| range.end - 1;
+    let uncached = AddressSpaceCacheable::NotCacheable;
+    let (low, high) = (&platform.pci_window, &platform.pci_window_64);
+    let buses = AddressSpace::<u16>::new_bus_number(0, 0);
+    let config = IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, 8);
+    let ports = AddressSpace::<u16>::new_io(PCI_IO_WINDOW.0, PCI_IO_WINDOW.1, None);
+    let low = AddressSpace::new_memory(uncached, true, low.start as u32, last(low) as u32, None);
+    let high = AddressSpace::new_memory(uncached, true, high.start, last(high), None);
+    let windows = ResourceTemplate::new(vec![&buses, &config, &ports, &low, &high]);
+    bytes(&Device::new(
+        Path::new("PCI0"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_SEG"), &ZERO),
+            &Name::new(Path::new("_BBN"), &ZERO),
+            &Name::new(Path::new("_CRS"), &windows),
+        ],
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ADDRESS: u64 = 0xe_0000;
+
+    fn platform(cpus: u8) -> Platform {
+        Platform {
+            cpus,
+            pci_ecam: 0xe000_0000,
+            pci_ecam_size: 1 << 20,
+            pci_window: 0xc000_0000..0xe000_0000,
+            pci_window_64: 0x10_0000_0000..0x20_0000_0000,
+        }
+    }
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    fn u32_at(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    /// The table at a guest address, checked.
+    fn table(image: &[u8], address: u64) -> &[u8] {
+        let start = (address - ADDRESS) as usize;
+        let table = &image[start..start + u32_at(image, start + 4) as usize];
+        assert_eq!(sum(table), 0);
+        table
+    }
+
+    /// RSDP to XSDT to the table with `signature`.
+    fn find<'a>(image: &'a [u8], signature: &[u8; 4]) -> &'a [u8] {
+        let xsdt = table(image, u64_at(image, 24));
+        let entries = xsdt[36..].chunks(8).map(|entry| table(image, u64_at(entry, 0)));
+        entries.into_iter().find(|table| table[..4] == *signature).unwrap()
+    }
+
+    #[test]
+    fn every_table_is_found_from_the_rsdp_with_a_right_checksum() {
+        let image = tables(&platform(1), ADDRESS);
+
+        assert_eq!(&image[..8], b"RSD PTR ");
+        assert_eq!((sum(&image[..20]), sum(&image[..36])), (0, 0));
+        for signature in [b"FACP", b"APIC", b"MCFG"] {
+            find(&image, signature);
+        }
+        let dsdt = table(&image, u64_at(find(&image, b"FACP"), 140));
+        assert_eq!(&dsdt[..4], b"DSDT");
+    }
+
+    #[test]
+    fn the_fadt_tells_of_a_hardware_reduced_platform_with_reset_and_sleep_registers() {
+        let image = tables(&platform(1), ADDRESS);
+        let fadt = find(&image, b"FACP");
+
+        let flags = u32_at(fadt, 112);
+        assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
+        // Reset register: I/O space, 8 bits, port 0xcf9, value 6.
+        assert_eq!((fadt[116], fadt[117], u64_at(fadt, 120), fadt[128]), (1, 8, 0xcf9, 6));
+        // Sleep control and status.
+        assert_eq!((fadt[244], u64_at(fadt, 248)), (1, 0x600));
+        assert_eq!((fadt[256], u64_at(fadt, 260)), (1, 0x601));
+    }
+
+    #[test]
+    fn the_madt_lists_every_cpu_and_the_io_apic() {
+        let image = tables(&platform(3), ADDRESS);
+        let madt = find(&image, b"APIC");
+
+        assert_eq!(u32_at(madt, 36), 0xfee0_0000);
+        let mut rest = &madt[44..];
+        let mut entries = Vec::new();
+        while let [kind, length, ..] = rest {
+            entries.push((*kind, rest[3]));
+            rest = &rest[usize::from(*length)..];
+        }
+        assert_eq!(entries, [(0, 0), (0, 1), (0, 2), (1, 0)]);
+    }
+
+    #[test]
+    fn the_mcfg_tells_where_configuration_space_is() {
+        let image = tables(&platform(1), ADDRESS);
+        let mcfg = find(&image, b"MCFG");
+
+        assert_eq!(u64_at(mcfg, 44), 0xe000_0000);
+        assert_eq!((mcfg[54], mcfg[55]), (0, 0));
+    }
+
+    #[test]
+    fn the_tables_of_a_large_machine_fit_the_firmware_area() {
+        assert!(tables(&platform(254), ADDRESS).len() < 0x1_0000);
+    }
+
+    /// Leaves the DSDT where an ACPI disassembler can be pointed at.
+    #[test]
+    #[ignore = "writes a file for inspection with iasl -d"]
+    fn dump_the_dsdt() {
+        std::fs::write(std::env::temp_dir().join("dsdt.aml"), dsdt(&platform(1))).unwrap();
+    }
 }

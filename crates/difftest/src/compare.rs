@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, RflagsBits};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, RflagsBits};
 
 use crate::case::{Case, End, Outcome, Xsave};
 use crate::generate::state::rflags;
@@ -132,6 +132,7 @@ fn mask_for(case: &Case, host: &Outcome, strict: bool) -> Mask {
     let mut mask = Mask::default();
     let mut info = InstructionInfoFactory::new();
     let instructions = program::decode(case);
+    let branches = has_branches(&instructions);
     for instruction in &instructions {
         if !strict {
             let undefined = undefined_flags(instruction);
@@ -139,7 +140,7 @@ fn mask_for(case: &Case, host: &Outcome, strict: bool) -> Mask {
                 | instruction.rflags_cleared()
                 | instruction.rflags_set();
             // with branches, any of the instructions may be the last one to have run
-            if !has_branches(&instructions) {
+            if !branches {
                 mask.rflags &= !rflags_of(defined);
             }
             mask.rflags |= rflags_of(undefined);
@@ -158,6 +159,9 @@ fn mask_for(case: &Case, host: &Outcome, strict: bool) -> Mask {
                 }
             }
         }
+        if faulted && !branches {
+            break;
+        }
     }
     mask
 }
@@ -175,15 +179,36 @@ fn is_repeated_comparison(instruction: &Instruction) -> bool {
         )
 }
 
-/// Whether the manuals let implementations choose between these two ends.
+/// Whether the manuals let implementations choose between these two ends, or hosts differ.
 fn is_up_to_the_host(case: &Case, host: &Outcome, guest: &Outcome) -> bool {
     use Mnemonic as M;
-    // whether a store that its mask suppresses entirely faults (Intel SDM vol. 2B, MASKMOVDQU)
-    host.vector != guest.vector
-        && program::decode(case).iter().any(|i| {
-            matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu)
-                && [host, guest].iter().any(|o| o.registers.rip == i.ip())
-        })
+    let is_memory_fault = |o: &Outcome| matches!(o.vector, 12..=14);
+    program::decode(case).iter().any(|i| {
+        let ends = [host, guest].map(|o| o.registers.rip == i.ip() && is_memory_fault(o));
+        if ends == [false, false] {
+            return false;
+        }
+        match i.mnemonic() {
+            // whether a store that its mask suppresses entirely faults, and where
+            M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => true,
+            // which operand is read first
+            M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => ends == [true, true],
+            // whether the port is checked when there is nothing to transfer
+            M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd => {
+                i.has_rep_prefix() || i.has_repne_prefix()
+            }
+            // AMD does not demand alignment of SHA's operands
+            M::Sha1msg1 | M::Sha1msg2 | M::Sha1nexte | M::Sha1rnds4 | M::Sha256msg1
+            | M::Sha256msg2 | M::Sha256rnds2 => host.vector != guest.vector,
+            // AMD raises #GP for a non-canonical offset even if adding the base makes it
+            // canonical
+            _ => {
+                ends == [true, true]
+                    && (host.vector, guest.vector) == (13, 14)
+                    && matches!(i.segment_prefix(), Register::FS | Register::GS)
+            }
+        }
+    })
 }
 
 /// The flags an instruction leaves undefined, more exactly than by its opcode alone.

@@ -74,13 +74,14 @@ fn write_extended(f: &mut fmt::Formatter<'_>, area: &Xsave) -> fmt::Result {
 fn write_end(f: &mut fmt::Formatter<'_>, name: &str, outcome: &Outcome) -> fmt::Result {
     writeln!(
         f,
-        "  {name}: {:?}, vector {}, error code {:#x}, cr2 {:#x}, rip {:#x}, rflags {:#x}",
+        "  {name}: {:?}, vector {}, error code {:#x}, cr2 {:#x}, rip {:#x}, rflags {:#x}, fcw:fsw:ftw {}",
         outcome.end,
         outcome.vector,
         outcome.error_code,
         outcome.cr2,
         outcome.registers.rip,
         outcome.registers.rflags,
+        hex(&outcome.xsave.0[..5]),
     )
 }
 

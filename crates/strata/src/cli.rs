@@ -16,10 +16,10 @@ Keys on the console: Ctrl-A x quits, Ctrl-A h lists the keys, Ctrl-A Ctrl-A send
 
 /// Real virtual machines on any x86-64 Linux host, with or without hardware virtualization.
 #[derive(Debug, Parser)]
-#[command(name = "strata", version, about, max_term_width = 100)]
+#[command(name = "strata", version, max_term_width = 100)]
 pub(crate) struct Cli {
     /// Tell more: -v what is done and the guest's boot messages, -vv and -vvv details
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, action = ArgAction::Count, display_order = 100)]
     pub(crate) verbose: u8,
 
     #[command(subcommand)]
@@ -29,6 +29,11 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a virtual machine: a shell in it, one command, or a kernel of your own
+    ///
+    /// Without --kernel it boots the default appliance, Debian's cloud kernel with a small user
+    /// space of `BusyBox`, which the first run fetches and builds. The guest's console is on this terminal;
+    /// with -- CMD the command runs in the guest instead, with this process's standard input,
+    /// output and error, and its exit status.
     Run(RunArgs),
     /// Tell what this host can do, and which accelerator would be used and why
     Doctor(DoctorArgs),
@@ -50,11 +55,6 @@ pub(crate) enum Command {
 /// Arguments of `strata run`.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "Run a virtual machine.\n\n\
-        Without --kernel it boots the default appliance, Debian's cloud kernel with a BusyBox \
-        user space, which the first run fetches and builds. The guest's console is on this \
-        terminal; with -- CMD the command runs in the guest instead, with this process's \
-        standard input, output and error, and its exit status.",
     after_help = exit::HELP,
     after_long_help = format!("{RUN_KEYS}\n\n{}", exit::HELP),
 )]

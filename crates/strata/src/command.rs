@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::machine::ConsolePort;
 use strata_image::Session;
 
-use crate::console::{output_lost, write_now};
+use crate::console::output_lost;
+use crate::streams::{self, read_stdin};
 use crate::supervisor::Stopper;
 
 /// Longest line that is taken from the status port. A guest may write anything there.
@@ -80,11 +81,11 @@ pub(crate) fn ports(status: &Status, stopper: &Stopper) -> Vec<ConsolePort> {
         },
         output(
             names.stdout,
-            Box::new(Stream::new("standard output", io::stdout(), stopper)),
+            Box::new(Stream::new(streams::Stream::Stdout, stopper)),
         ),
         output(
             names.stderr,
-            Box::new(Stream::new("standard error", io::stderr(), stopper)),
+            Box::new(Stream::new(streams::Stream::Stderr, stopper)),
         ),
         output(names.status, Box::new(status.clone())),
     ]
@@ -94,34 +95,32 @@ struct Stdin;
 
 impl Read for Stdin {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        io::stdin().lock().read(buffer)
+        Ok(read_stdin(buffer))
     }
 }
 
 /// A standard stream that stops the machine when it cannot be written any more.
-struct Stream<W> {
-    what: &'static str,
-    writer: Option<W>,
+struct Stream {
+    to: Option<streams::Stream>,
     stopper: Stopper,
 }
 
-impl<W: Write> Stream<W> {
-    fn new(what: &'static str, writer: W, stopper: &Stopper) -> Self {
+impl Stream {
+    fn new(to: streams::Stream, stopper: &Stopper) -> Self {
         Self {
-            what,
-            writer: Some(writer),
+            to: Some(to),
             stopper: stopper.clone(),
         }
     }
 }
 
-impl<W: Write> Write for Stream<W> {
+impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(writer) = &mut self.writer
-            && let Err(error) = write_now(writer, bytes)
+        if let Some(to) = self.to
+            && let Err(error) = to.write(bytes)
         {
-            self.writer = None;
-            self.stopper.stop(output_lost(self.what, error));
+            self.to = None;
+            self.stopper.stop(output_lost(to.name(), error));
         }
         Ok(bytes.len())
     }

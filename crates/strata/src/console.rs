@@ -17,6 +17,7 @@ use std::thread;
 
 use crate::keys::{self, Key, Keys};
 use crate::report::Stderr;
+use crate::streams::{Stream, read_stdin};
 use crate::supervisor::{Stop, Stopper};
 
 /// How much of the console's output is kept for error reports, bytes.
@@ -169,7 +170,7 @@ impl Write for Output {
                 .stop(Stop::OutputFailed("the console log", error));
         }
         let shown = match self.show {
-            Show::Stdout => write_now(&mut io::stdout().lock(), bytes),
+            Show::Stdout => Stream::Stdout.write(bytes),
             Show::Stderr => Stderr.write_all(bytes),
             Show::Hidden => Ok(()),
         };
@@ -183,12 +184,6 @@ impl Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// Writes past the line buffer of standard output, so that a prompt is seen at once.
-pub(crate) fn write_now(out: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
-    out.write_all(bytes)?;
-    out.flush()
 }
 
 /// The reason to stop when an output cannot be written.
@@ -214,7 +209,7 @@ impl PipeInput {
 impl Read for PipeInput {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.gate.wait();
-        io::stdin().lock().read(buffer)
+        Ok(read_stdin(buffer))
     }
 }
 
@@ -235,18 +230,16 @@ impl KeyInput {
                 let mut keys = Keys::default();
                 let mut buffer = [0; 1024];
                 loop {
-                    let count = match io::stdin().lock().read(&mut buffer) {
-                        Ok(0) => return,
-                        Ok(count) => count,
-                        Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                        Err(_) => return,
-                    };
+                    let count = read_stdin(&mut buffer);
+                    if count == 0 {
+                        return;
+                    }
                     let mut send = Vec::with_capacity(count);
                     for byte in &buffer[..count] {
                         match keys.feed(*byte) {
                             Key::Send(byte) => send.push(byte),
                             Key::Quit => stopper.stop(Stop::Quit),
-                            Key::Help => drop(io::stderr().write_all(keys::HELP.as_bytes())),
+                            Key::Help => drop(Stream::Stderr.write(keys::HELP.as_bytes())),
                             Key::Nothing => {}
                         }
                     }

@@ -14,11 +14,12 @@ mod machine;
 mod manual;
 mod report;
 mod run;
+mod streams;
 mod supervisor;
 mod terminal;
 mod units;
 
-use std::io::{self, ErrorKind, Write};
+use std::io::ErrorKind;
 use std::panic;
 use std::process::{self, ExitCode};
 
@@ -26,6 +27,7 @@ use clap::Parser;
 
 use crate::cli::{Cli, Command};
 use crate::exit::End;
+use crate::streams::Stream;
 
 fn main() -> ExitCode {
     end_on_panic();
@@ -60,8 +62,7 @@ fn main() -> ExitCode {
 
 /// Writes to standard output; a reader that has gone is no error.
 fn print(bytes: &[u8]) -> End {
-    let mut stdout = io::stdout().lock();
-    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+    match Stream::Stdout.write(bytes) {
         Ok(()) => End::Done,
         Err(error) if error.kind() == ErrorKind::BrokenPipe => End::Done,
         Err(error) => {

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::streams::Stream;
 use crate::terminal;
 
 /// Writes one message to standard error, with the program's name before it.
@@ -54,7 +55,6 @@ pub(crate) struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut stderr = io::stderr().lock();
         if terminal::is_raw() {
             let mut text = Vec::with_capacity(bytes.len() + 16);
             for byte in bytes {
@@ -63,15 +63,15 @@ impl Write for Stderr {
                 }
                 text.push(*byte);
             }
-            stderr.write_all(&text)?;
+            Stream::Stderr.write(&text)?;
         } else {
-            stderr.write_all(bytes)?;
+            Stream::Stderr.write(bytes)?;
         }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
     }
 }
 

@@ -199,8 +199,20 @@ fn chain(error: &strata_hypervisor::Error) -> String {
     text
 }
 
+/// Ends the machine if its vCPU's thread panics.
+struct Watchdog<'a>(&'a Ending);
+
+impl Drop for Watchdog<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Outcome::Failed("a vCPU thread panicked; this is a bug".into()));
+        }
+    }
+}
+
 /// What a vCPU's thread does: makes the processor, runs it, reports how it ended.
 pub(crate) fn run(shared: &Arc<Shared>, index: usize, factory: &Factory) {
+    let _watchdog = Watchdog(&shared.ending);
     let mut vcpu = match factory(shared, index as u32) {
         Ok(vcpu) => vcpu,
         Err(reason) => {

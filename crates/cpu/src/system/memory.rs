@@ -238,6 +238,15 @@ pub(super) fn stack_operand_size(instr: &Instruction, values: i32) -> usize {
     }
 }
 
+/// LEAVE with operand size 16.
+pub(super) fn leave_word(core: &mut Core, bus: &dyn Bus) -> Done {
+    let frame = core.state.gpr[gpr::RBP];
+    let value = Address::stack(frame).read_uint(core, bus, 2)?;
+    core.state.gpr[gpr::RSP] = frame.wrapping_add(2);
+    core.set_gpr(Register::BP, value);
+    Ok(())
+}
+
 /// ENTER.
 pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let word = instr.code() == iced_x86::Code::Enterw_imm16_imm8;
@@ -249,12 +258,17 @@ pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done
     let frame = rsp.wrapping_sub(size);
     // pushed first to last: RBP, the outer frames' pointers, this frame's pointer
     let mut values = vec![rbp];
+    Address::stack(frame).probe_write(core, size)?;
     for outer in 1..level {
         let at = Address::stack(rbp.wrapping_sub(outer * size));
         values.push(at.read_uint(core, bus, size as usize)?);
+        let slot = rsp.wrapping_sub(size * values.len() as u64);
+        Address::stack(slot).probe_write(core, size)?;
     }
     if level > 0 {
         values.push(frame);
+        let slot = rsp.wrapping_sub(size * values.len() as u64);
+        Address::stack(slot).probe_write(core, size)?;
     }
     let bytes: Vec<u8> = values
         .iter()

@@ -126,8 +126,19 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Invd | M::Wbinvd | M::Wbnoinvd => control::require_cpl0(core),
         M::Clflush | M::Clflushopt | M::Clwb => control::flush_line(core, instr),
         M::Vmcall | M::Vmmcall => control::hypercall(core),
-        // a NOP on a CPU without shadow stacks
-        M::Rdsspd | M::Rdsspq => Ok(()),
+        // NOPs on a CPU without shadow stacks, bounds or these hints
+        M::Rdsspd
+        | M::Rdsspq
+        | M::Prefetchit0
+        | M::Prefetchit1
+        | M::Prefetchwt1
+        | M::Bndmk
+        | M::Bndmov
+        | M::Bndcl
+        | M::Bndcu
+        | M::Bndcn
+        | M::Bndldx
+        | M::Bndstx => Ok(()),
         M::Swapgs => syscall::swapgs(core),
         M::Rdfsbase | M::Rdgsbase => syscall::read_base(core, instr),
         M::Wrfsbase | M::Wrgsbase => syscall::write_base(core, instr),
@@ -144,6 +155,7 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::In => io::input(core, bus, instr),
         M::Out => io::output(core, bus, instr),
         M::Enter => memory::enter(core, bus, instr),
+        M::Leave => memory::leave_word(core, bus),
         _ => extended(core, bus, instr),
     }
 }

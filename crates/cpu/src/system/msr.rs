@@ -40,7 +40,8 @@ const DE_CFG: u32 = 0xc001_1029;
 
 /// No variable ranges, no fixed ranges, write combining.
 const MTRRCAP_VALUE: u64 = 1 << 10;
-/// What firmware leaves in `IA32_MTRR_DEF_TYPE`: enabled, write-back.
+/// What firmware leaves in `IA32_MTRR_DEF_TYPE`: enabled, write-back. The state holds the
+/// difference to it, so that a state that starts with zeros starts as firmware leaves it.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 /// `IA32_MISC_ENABLE` bits that read as one: fast strings, no BTS, no PEBS.
 const MISC_ENABLE_FIXED: u64 = 1 | 1 << 11 | 1 << 12;

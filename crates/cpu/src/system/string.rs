@@ -209,12 +209,21 @@ impl Job {
         elements: u64,
     ) -> Result<Option<*mut u8>, Exception> {
         let lowest = self.lowest(linear, elements);
-        match core.target(lowest, Kind::Write, Privilege::Current)? {
+        let target = core.target(lowest, Kind::Write, Privilege::Current);
+        match target.map_err(|e| Self::at_element(e, linear))? {
             Target::Ram(host) => {
                 core.store_behind_tag(lowest, elements * self.size, Privilege::Current)?;
                 Ok(Some(host))
             }
             Target::Device(_) => Ok(None),
+        }
+    }
+
+    /// A chunk's page fault as one of its first element, which is the one that faults.
+    fn at_element(exception: Exception, linear: u64) -> Exception {
+        Exception {
+            address: exception.address.map(|_| linear),
+            ..exception
         }
     }
 
@@ -225,7 +234,8 @@ impl Job {
         elements: u64,
     ) -> Result<Option<*const u8>, Exception> {
         let lowest = self.lowest(linear, elements);
-        match core.target(lowest, Kind::Read, Privilege::Current)? {
+        let target = core.target(lowest, Kind::Read, Privilege::Current);
+        match target.map_err(|e| Self::at_element(e, linear))? {
             Target::Ram(host) => Ok(Some(host)),
             Target::Device(_) => Ok(None),
         }

@@ -161,6 +161,64 @@ fn pushf_with_a_16_bit_operand_pushes_two_bytes() {
     assert_eq!(m.stacked(0) as u16, (rflags::ZF | rflags::FIXED) as u16);
 }
 
+/// A small generator of reproducible numbers (xorshift).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// An address: in the mapped pages, at their edges, or anywhere.
+    fn address(&mut self) -> u64 {
+        let n = self.next();
+        match n % 8 {
+            0 => n,
+            1 => n & 0xffff,
+            2 => 0xffff_ffff_ffff_fff0 | n >> 60,
+            _ => 0x60000 + (n >> 8 & 0x1_fffc),
+        }
+    }
+}
+
+#[test]
+fn no_instruction_panics_whatever_its_bytes_and_the_registers() {
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    // the first bytes that lead to what is executed here
+    let starts: [&[u8]; 10] = [
+        &[],
+        &[0x0f],
+        &[0x0f, 0x01],
+        &[0x0f, 0x00],
+        &[0x0f, 0xae],
+        &[0x0f, 0xc7],
+        &[0x48, 0x0f],
+        &[0xf3, 0x48],
+        &[0xc4, 0xe2],
+        &[0x66, 0x0f, 0x38],
+    ];
+    for round in 0..200 {
+        let mut m = Machine::new();
+        m.set_ring(if round % 2 == 0 { 0 } else { 3 });
+        for _ in 0..200 {
+            let start = starts[numbers.next() as usize % starts.len()];
+            let mut code = start.to_vec();
+            code.extend(numbers.next().to_le_bytes());
+            for register in 0..16 {
+                *m.reg(register) = numbers.address();
+            }
+            if numbers.next().is_multiple_of(4) {
+                let flags = numbers.next();
+                m.set_flags(flags & !rflags::VM);
+            }
+            let _ = m.run(&code);
+        }
+    }
+}
+
 #[test]
 fn hlt_retires_before_it_waits() {
     let mut m = Machine::new();

@@ -85,6 +85,42 @@ fn mov_from_a_segment_zero_extends_to_a_register_and_stores_two_bytes() {
 }
 
 #[test]
+fn an_operand_relative_to_gs_adds_the_base_to_a_signed_displacement() {
+    let mut m = Machine::new();
+    m.core.state.gs_base = HIGH + 0x61000;
+
+    // mov gs:[-0x10], cs
+    assert_eq!(
+        m.run(&[0x65, 0x8c, 0x0c, 0x25, 0xf0, 0xff, 0xff, 0xff]),
+        Ok(Flow::Next)
+    );
+
+    assert_eq!(m.get(0x60ff0), u64::from(KERNEL_CS));
+}
+
+#[test]
+fn an_operand_relative_to_rip_counts_from_the_next_instruction() {
+    let mut m = Machine::new();
+
+    // mov [rip + 0x100], cs
+    assert_eq!(m.run(&[0x8c, 0x0d, 0, 1, 0, 0]), Ok(Flow::Next));
+
+    assert_eq!(m.get(CODE + 6 + 0x100), u64::from(KERNEL_CS));
+}
+
+#[test]
+fn a_non_canonical_operand_is_a_stack_fault_relative_to_rbp() {
+    let mut m = Machine::new();
+    *m.reg(gpr::RBP) = 1 << 62;
+    *m.reg(gpr::RBX) = 1 << 62;
+
+    // mov [rbp], cs; mov fs:[rbp], cs; mov [rbx], cs
+    assert_eq!(m.run(&[0x8c, 0x4d, 0]), Err(Exception::stack_fault(0)));
+    assert_eq!(m.run(&[0x64, 0x8c, 0x4d, 0]), gp(0));
+    assert_eq!(m.run(&[0x8c, 0x0b]), gp(0));
+}
+
+#[test]
 fn ltr_marks_the_tss_busy_and_refuses_a_busy_one() {
     let mut m = Machine::new();
     *m.reg(gpr::RAX) = u64::from(FREE_TSS);

@@ -418,4 +418,24 @@ impl Asm {
         self.raw(&[0x65, 0x0f, 0xae]);
         self.modrm_gs(2, disp);
     }
+
+    /// `stmxcsr gs:[disp]`
+    pub(crate) fn stmxcsr(&mut self, disp: i32) {
+        self.raw(&[0x65, 0x0f, 0xae]);
+        self.modrm_gs(3, disp);
+    }
+
+    /// Moves vector register `number` to (`store`) or from `gs:[disp]`: all 32 bytes of a
+    /// YMM register with `avx`, else 16.
+    pub(crate) fn move_vector(&mut self, number: u8, disp: i32, store: bool, avx: bool) {
+        let high = number > 7;
+        match (avx, high) {
+            (true, false) => self.raw(&[0x65, 0xc5, 0xfc]),
+            (true, true) => self.raw(&[0x65, 0xc5, 0x7c]),
+            (false, false) => self.raw(&[0x65, 0x0f]),
+            (false, true) => self.raw(&[0x65, 0x44, 0x0f]),
+        }
+        self.raw(&[0x10 | u8::from(store)]);
+        self.modrm_gs(number, disp);
+    }
 }

@@ -112,7 +112,6 @@ pub(crate) struct Lower<'a> {
     pub(super) tools: &'a mut Tools,
     thunks: &'a Thunks,
     mode: Mode,
-    uses_fpu: bool,
     start: u64,
     first_system: u32,
     first_exit: u32,
@@ -122,6 +121,10 @@ pub(crate) struct Lower<'a> {
     pending: Vec<PendingExit>,
     sites: Vec<Site>,
     fpu_check: Option<usize>,
+    /// Indirect branches: where they look up in vain, and the branch's address.
+    misses: Vec<(usize, u64)>,
+    /// Indirect calls to non-canonical addresses.
+    far_faults: Vec<(usize, Instruction)>,
     entry: usize,
 }
 
@@ -151,7 +154,6 @@ impl<'a> Lower<'a> {
             tools,
             thunks,
             mode,
-            uses_fpu: false,
             start,
             first_system: numbers.first_system,
             first_exit: numbers.first_exit,
@@ -161,13 +163,14 @@ impl<'a> Lower<'a> {
             pending: Vec::new(),
             sites: Vec::new(),
             fpu_check: None,
+            misses: Vec::new(),
+            far_faults: Vec::new(),
             entry: 0,
         }
     }
 
     /// Writes what precedes the first instruction.
     pub(crate) fn begin(&mut self, uses_fpu: bool) {
-        self.uses_fpu = uses_fpu;
         self.asm.mov_imm(T0, self.start);
         self.asm.jmp(self.thunks.attention);
         while !self.asm.len().is_multiple_of(16) {
@@ -449,11 +452,7 @@ impl<'a> Lower<'a> {
                 self.asm.raw(&[0x45, 0x0f, 0xb6, 0xd9]); // movzx r11d, r9b
                 let narrow = instruction.memory_base() == Register::EBX;
                 self.asm.lea(T0, Some(RBX), Some((T1, 1)), 0, narrow);
-                match instruction.memory_segment() {
-                    Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
-                    Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
-                    _ => {}
-                }
+                self.add_segment_base(instruction);
                 self.access(1, 0, |s| {
                     s.asm.raw(&[0x45, 0x8a, 0x0a]); // mov r9b, [r10]
                     Flags::Ax
@@ -604,7 +603,7 @@ impl<'a> Lower<'a> {
             });
             let drop = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
             self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, 8 + drop, false);
-            self.jump_to_t0();
+            self.jump_to_t0(instruction);
         } else {
             self.indirect_branch(instruction);
         }
@@ -627,10 +626,17 @@ impl<'a> Lower<'a> {
             self.asm.store_gs(target, from);
         }
         if instruction.mnemonic() == Mnemonic::Call {
+            // #GP comes before the push
+            self.asm.load_gs(T1, target);
+            self.asm.shift(7, T1, 47);
+            self.asm.alu_imm(Alu::Add, T1, 1);
+            self.asm.alu_imm(Alu::Cmp, T1, 1);
+            let bad = self.asm.jcc_forward(cc::A);
+            self.far_faults.push((bad, *instruction));
             self.push_return(instruction);
         }
         self.asm.load_gs(T0, target);
-        self.jump_to_t0();
+        self.jump_to_t0(instruction);
     }
 
     fn push_return(&mut self, instruction: &Instruction) {
@@ -691,7 +697,7 @@ impl<'a> Lower<'a> {
     }
 
     /// Goes to the guest address in T0 through the jump cache.
-    fn jump_to_t0(&mut self) {
+    fn jump_to_t0(&mut self, instruction: &Instruction) {
         debug_assert!(self.flags != Flags::Host);
         let a = &mut self.asm;
         a.mov(T1, T0);
@@ -702,8 +708,9 @@ impl<'a> Lower<'a> {
         a.alu_gs(Alu::Add, T1, state_offset!(space));
         let entry = jumps_offset(self.mode.user);
         a.alu_mem(Alu::Cmp, T0, T1, entry);
-        a.jcc(cc::NE, self.thunks.lookup);
+        let miss = a.jcc_forward(cc::NE);
         a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
+        self.misses.push((miss, instruction.ip()));
     }
 
     /// Writes the out-of-line parts.
@@ -716,6 +723,16 @@ impl<'a> Lower<'a> {
         }
         for stub in std::mem::take(&mut self.stubs) {
             self.slow_path(&stub);
+        }
+        for (miss, source) in std::mem::take(&mut self.misses) {
+            self.asm.aim(miss);
+            self.asm.mov_imm(T1, source);
+            self.asm.jmp(self.thunks.branch);
+        }
+        for (bad, instruction) in std::mem::take(&mut self.far_faults) {
+            self.asm.aim(bad);
+            self.flags = Flags::Ax;
+            self.system(&instruction);
         }
         let mut exits = Vec::new();
         for PendingExit { jump, target } in std::mem::take(&mut self.pending) {
@@ -759,7 +776,7 @@ impl<'a> Lower<'a> {
         let here = self.asm.len() as u32;
         self.sites.push(Site { host: here, ..stub.site });
         self.asm.push_imm(stub.meta);
-        self.asm.call(self.thunks.slow[slow_index(self.mode.user, stub.store, self.uses_fpu)]);
+        self.asm.call(self.thunks.slow[slow_index(self.mode.user, stub.store)]);
         let here = self.asm.len() as u32;
         self.sites.push(Site { host: here, flags: stub.body_flags, ..stub.site });
         self.asm.bytes.extend_from_within(stub.body.clone());

@@ -234,9 +234,6 @@ impl Lower<'_> {
                 }
             }
         }
-        if high_byte && memory && plan.rax {
-            return None;
-        }
         if high_byte && !memory {
             // no REX prefix is possible: all operands are operated on in RAX to RDI
             plan.rax = true;
@@ -267,7 +264,9 @@ impl Lower<'_> {
             let guest = register.full_register().number();
             let access = self.tools.info.info(&original).op_access(i);
             let host = if is_high_byte(register) && plan.high.is_some() {
-                plan.instruction.set_op_register(i, Register::AL);
+                // with an implicit accumulator (CMPXCHG) it goes to the other temporary
+                let to = if plan.rax { sized(T1, 1) } else { Register::AL };
+                plan.instruction.set_op_register(i, to);
                 continue;
             } else if plan.rax && guest == 0 {
                 RAX
@@ -306,8 +305,14 @@ impl Lower<'_> {
             self.load_guest_rax();
         }
         if let Some((guest, _)) = plan.high {
-            self.asm.mov(RAX, HOME[guest].unwrap_or(RAX));
-            self.asm.swap_al_ah();
+            let home = HOME[guest].unwrap_or(RAX);
+            if plan.rax {
+                self.asm.mov(T1, home);
+                self.asm.shift(5, T1, 8);
+            } else {
+                self.asm.mov(RAX, home);
+                self.asm.swap_al_ah();
+            }
         }
         for &(guest, temp, _) in plan.spilled.iter().flatten() {
             self.asm.load_gs(temp, slot(guest));
@@ -322,7 +327,9 @@ impl Lower<'_> {
                 self.asm.store_gs(slot(guest), temp);
             }
         }
-        if let Some((guest, true)) = plan.high {
+        if let Some((guest, true)) = plan.high
+            && !plan.rax
+        {
             self.asm.swap_al_ah();
             self.set_register(guest, RAX);
         }

@@ -16,7 +16,7 @@ pub(crate) enum Leave {
     Lookup = 0,
     /// As `Lookup`, and the jump whose number is in `temp[0]` may be chained.
     Link = 1,
-    /// The instruction at `rip` is for `system::execute`; block number in `temp[0]`.
+    /// The instruction at `rip` is for `system::execute`; its number is in `temp[0]`.
     System = 2,
     /// A slow path raised an exception, or wants the instruction run alone.
     Exception = 3,
@@ -24,6 +24,8 @@ pub(crate) enum Leave {
     Attention = 4,
     /// The host faulted in translated code; see `host_fault`.
     HostFault = 5,
+    /// As `Lookup`, after an indirect branch whose address is in `temp[0]`.
+    Branch = 6,
 }
 
 impl Leave {
@@ -34,6 +36,7 @@ impl Leave {
             2 => Self::System,
             3 => Self::Exception,
             5 => Self::HostFault,
+            6 => Self::Branch,
             _ => Self::Attention,
         }
     }
@@ -53,18 +56,19 @@ pub(crate) struct Thunks {
     pub(crate) enter: u64,
     pub(crate) lookup: u64,
     pub(crate) link: u64,
+    pub(crate) branch: u64,
     pub(crate) system: u64,
     pub(crate) attention: u64,
     pub(crate) host_fault: u64,
     pub(crate) fpu_load: u64,
     pub(crate) commit: u64,
     /// Indexed by [`slow_index`].
-    pub(crate) slow: [u64; 8],
+    pub(crate) slow: [u64; 4],
 }
 
-/// Which slow thunk: ring 3, store, block uses the FPU.
-pub(crate) fn slow_index(user: bool, store: bool, fpu: bool) -> usize {
-    usize::from(user) << 2 | usize::from(store) << 1 | usize::from(fpu)
+/// Which slow thunk.
+pub(crate) fn slow_index(user: bool, store: bool) -> usize {
+    tlb_number(user, store)
 }
 
 /// Offset of the tag that an access compares, in the address space.
@@ -100,6 +104,32 @@ fn fpu_save(a: &mut Asm, mask: u32) {
     }
 }
 
+/// Puts aside what Rust code may clobber of loaded extended state: the vector registers
+/// and MXCSR. The x87 registers stay where they are, since Rust code does not use them.
+fn vectors_save(a: &mut Asm, mask: u32) {
+    a.test_gs_zero(state_offset!(fpu_loaded));
+    let idle = a.jcc_forward(cc::E);
+    for number in 0..16 {
+        let at = state_offset!(vectors) + 32 * i32::from(number);
+        a.move_vector(number, at, true, mask & 4 != 0);
+    }
+    a.stmxcsr(state_offset!(mxcsr));
+    a.ldmxcsr(state_offset!(default_mxcsr));
+    a.aim(idle);
+}
+
+/// Undoes [`vectors_save`]; keeps the general registers.
+fn vectors_restore(a: &mut Asm, mask: u32) {
+    a.test_gs_zero(state_offset!(fpu_loaded));
+    let idle = a.jcc_forward(cc::E);
+    for number in 0..16 {
+        let at = state_offset!(vectors) + 32 * i32::from(number);
+        a.move_vector(number, at, false, mask & 4 != 0);
+    }
+    a.ldmxcsr(state_offset!(mxcsr));
+    a.aim(idle);
+}
+
 fn call_rust(a: &mut Asm, function: u64) {
     a.mov_imm(RAX, function);
     a.raw(&[0xff, 0xd0]); // call rax
@@ -122,6 +152,7 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     };
     thunks.lookup = out(a, Leave::Lookup, false);
     thunks.link = out(a, Leave::Link, true);
+    thunks.branch = out(a, Leave::Branch, true);
     thunks.system = out(a, Leave::System, true);
     thunks.attention = out(a, Leave::Attention, false);
     thunks.host_fault = a.here();
@@ -132,10 +163,8 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     thunks.commit = commit(a, mask, callbacks.commit);
     for user in [false, true] {
         for store in [false, true] {
-            for fpu in [false, true] {
-                thunks.slow[slow_index(user, store, fpu)] =
-                    slow(a, mask, callbacks.access, leave, tag_offset(user, store), fpu);
-            }
+            thunks.slow[slow_index(user, store)] =
+                slow(a, mask, callbacks.access, leave, tag_offset(user, store));
         }
     }
     thunks
@@ -199,33 +228,21 @@ fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
 
 /// Slow path of an access. On the stack: return address, meta. In: T0, T1 as the failed
 /// check left them. Out: T0 is a host pointer for the access.
-fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64, tag: i32, fpu: bool) -> u64 {
+fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64, tag: i32) -> u64 {
     let at = a.here();
     a.alu_mem(Alu::Xor, T0, T1, tag);
     save_guests(a);
     a.mov(RBX, RSP);
-    a.test_gs_zero(state_offset!(fpu_loaded));
-    let idle = a.jcc_forward(cc::E);
-    fpu_save(a, mask);
-    if !fpu {
-        a.store_gs_imm(state_offset!(fpu_loaded), 0);
-    }
-    a.aim(idle);
+    vectors_save(a, mask);
     a.load_gs(RDI, state_offset!(runtime));
     a.mov(RSI, T0);
     a.load(RDX, RBX, 8);
     a.load(RCX, RBX, 0);
     call_rust(a, access);
+    vectors_restore(a, mask);
     a.raw(&[0x48, 0x85, 0xc0]); // test rax, rax
     let fault = a.jcc_forward(cc::E);
     a.mov(T0, RAX);
-    if fpu {
-        a.test_gs_zero(state_offset!(fpu_loaded));
-        let idle = a.jcc_forward(cc::E);
-        fpu_mask(a, mask);
-        a.xrstor(state_offset!(xsave));
-        a.aim(idle);
-    }
     for guest in CALLER_SAVED_GUESTS {
         a.load_gs(HOME[guest].unwrap_or(GUEST_RAX), slot(guest));
     }
@@ -233,9 +250,6 @@ fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64, tag: i32, fpu: bool) ->
     a.load_gs(RAX, state_offset!(status));
     a.raw(&[0xc2, 8, 0]); // ret 8
     a.aim(fault);
-    if fpu {
-        a.store_gs_imm(state_offset!(fpu_loaded), 0);
-    }
     for guest in CALLER_SAVED_GUESTS {
         a.load_gs(HOME[guest].unwrap_or(GUEST_RAX), slot(guest));
     }
@@ -259,17 +273,10 @@ fn commit(a: &mut Asm, mask: u32, function: u64) -> u64 {
     }
     a.mov(RBX, RSP);
     a.raw(&[0x48, 0x83, 0xe4, 0xf0]); // and rsp, -16
-    a.test_gs_zero(state_offset!(fpu_loaded));
-    let idle = a.jcc_forward(cc::E);
-    fpu_save(a, mask);
-    a.aim(idle);
+    vectors_save(a, mask);
     a.load_gs(RDI, state_offset!(runtime));
     call_rust(a, function);
-    a.test_gs_zero(state_offset!(fpu_loaded));
-    let idle = a.jcc_forward(cc::E);
-    fpu_mask(a, mask);
-    a.xrstor(state_offset!(xsave));
-    a.aim(idle);
+    vectors_restore(a, mask);
     a.mov(RSP, RBX);
     for reg in kept.into_iter().rev() {
         a.pop(reg);

@@ -1,0 +1,14 @@
+//! Whole-system tests: real guests, booted through the `strata` binary as a user would.
+//!
+//! They need what `cargo xtask test` installs: gcc, strace, e2fsprogs and setpriv. All
+//! share the user's cached appliance. No test asserts a time.
+#![forbid(unsafe_code)]
+
+mod boots;
+mod commands;
+mod console;
+mod disks;
+mod endings;
+mod guest;
+mod host;
+mod programs;
