@@ -556,6 +556,9 @@ impl Cpu {
     ) -> Result<Option<Place>, Exception> {
         let store = what & meta::STORE != 0;
         let kind = if store { Kind::Write } else { Kind::Read };
+        if !Core::canonical(address.wrapping_add(size.saturating_sub(1))) {
+            return Err(Exception::general_protection(0));
+        }
         let first = size.min(PAGE_SIZE - address % PAGE_SIZE);
         let parts = [(address, first), (address.wrapping_add(first), size - first)];
         let mut direct = None;

@@ -30,8 +30,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a virtual machine: a shell in it, one command, or a kernel of your own
     ///
-    /// Without --kernel it boots the default appliance, Debian's cloud kernel with a small user
-    /// space of `BusyBox`, which the first run fetches and builds. The guest's console is on this terminal;
+    /// Without --kernel it boots the default appliance, Debian's cloud kernel with a minimal user
+    /// space, which the first run fetches and builds. The guest's console is on this terminal;
     /// with -- CMD the command runs in the guest instead, with this process's standard input,
     /// output and error, and its exit status.
     Run(RunArgs),

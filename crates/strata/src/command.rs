@@ -3,8 +3,8 @@
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::machine::ConsolePort;
 use strata_image::Session;
+use strata_vmm::ConsolePort;
 
 use crate::console::output_lost;
 use crate::streams::{self, read_stdin};

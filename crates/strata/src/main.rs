@@ -10,7 +10,6 @@ mod doctor;
 mod exit;
 mod guard;
 mod keys;
-mod machine;
 mod manual;
 mod report;
 mod run;

@@ -4,19 +4,20 @@ use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
+use strata_image::{GREETING, Session};
+use strata_vmm::{
+    Accel, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole,
+};
+
 use crate::appliance;
 use crate::cli::{Accelerator, RunArgs};
 use crate::command::{self, Status};
 use crate::console::{KeyInput, Output, PipeInput, Show, Tail};
 use crate::exit::End;
 use crate::guard::Guard;
-use crate::machine::{
-    Accel, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole,
-};
 use crate::report::say;
 use crate::supervisor::{Stop, Supervisor};
 use crate::terminal::{self, RawMode};
-use strata_image::{GREETING, Session};
 
 /// Kernel command line of the default appliance. The console is the serial line; a panic
 /// resets at once, so that a run never hangs on one; boot messages stay out of the way.
@@ -40,7 +41,7 @@ pub(crate) enum Fault {
 
     /// The machine refuses its configuration.
     #[error(transparent)]
-    Machine(crate::machine::Error),
+    Machine(strata_vmm::Error),
 
     /// Something of this host's cannot be used.
     #[error("cannot {action}")]

@@ -256,29 +256,23 @@ pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done
     let rsp = core.state.gpr[gpr::RSP];
     let rbp = core.state.gpr[gpr::RBP];
     let frame = rsp.wrapping_sub(size);
-    // pushed first to last: RBP, the outer frames' pointers, this frame's pointer
-    let mut values = vec![rbp];
-    Address::stack(frame).probe_write(core, size)?;
+    // each push is done before the next frame pointer is read, which may be the one pushed
+    let mut top = rsp;
+    let mut push = |core: &mut Core, value: u64| -> Done {
+        top = top.wrapping_sub(size);
+        Address::stack(top).write(core, bus, &value.to_le_bytes()[..size as usize])
+    };
+    push(core, rbp)?;
     for outer in 1..level {
         let at = Address::stack(rbp.wrapping_sub(outer * size));
-        values.push(at.read_uint(core, bus, size as usize)?);
-        let slot = rsp.wrapping_sub(size * values.len() as u64);
-        Address::stack(slot).probe_write(core, size)?;
+        let value = at.read_uint(core, bus, size as usize)?;
+        push(core, value)?;
     }
     if level > 0 {
-        values.push(frame);
-        let slot = rsp.wrapping_sub(size * values.len() as u64);
-        Address::stack(slot).probe_write(core, size)?;
+        push(core, frame)?;
     }
-    let bytes: Vec<u8> = values
-        .iter()
-        .rev()
-        .flat_map(|v| v.to_le_bytes().into_iter().take(size as usize))
-        .collect();
-    let bottom = rsp.wrapping_sub(bytes.len() as u64);
-    let last = bottom.wrapping_sub(locals);
+    let last = top.wrapping_sub(locals);
     Address::stack(last).probe_write(core, 1)?;
-    Address::stack(bottom).write(core, bus, &bytes)?;
     core.state.gpr[gpr::RSP] = last;
     let register = if word { Register::BP } else { Register::RBP };
     core.set_gpr(register, frame);

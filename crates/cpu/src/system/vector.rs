@@ -8,7 +8,7 @@ use super::fpu::{AVX, SSE, require_avx, require_no_ts, require_sse};
 use super::fpu_env::mmx_slot;
 use super::memory::Address;
 use crate::bus::Bus;
-use crate::exception::Exception;
+use crate::exception::{Exception, vector};
 use crate::mmu::Core;
 use crate::state::{State, XSAVE_AVX_OFFSET, cr0, gpr};
 
@@ -98,6 +98,10 @@ pub(super) fn masked_bytes(core: &mut Core, bus: &dyn Bus, instr: &Instruction) 
                 return Err(Exception::undefined());
             }
             require_no_ts(core)?;
+            // FSW.ES: an unmasked x87 exception is pending
+            if core.state.xsave.0[2] & 0x80 != 0 {
+                return Err(Exception::new(vector::MF));
+            }
             (mm(core, value), mm(core, mask), 8)
         }
         Mnemonic::Maskmovdqu => {

@@ -152,7 +152,7 @@ pub(crate) fn extended_state(instruction: &Instruction) -> Extended {
     ) {
         return Extended::No;
     }
-    let mut need = Extended::No;
+    let mut need = if instruction.mnemonic() == M::Wait { Extended::X87 } else { Extended::No };
     for feature in instruction.cpuid_features() {
         let this = match feature {
             F::FPU | F::FPU287 | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY | F::MMX => Extended::X87,

@@ -414,7 +414,7 @@ impl<'a> Lower<'a> {
                 s.asm.store_gs(state_offset!(temp) + 8, T1);
                 Flags::Ax
             });
-            let on_rsp = instruction.memory_base() == Register::RSP;
+            let on_rsp = instruction.memory_base().full_register() == Register::RSP;
             self.address(instruction, if on_rsp { size as i32 } else { 0 });
             let what = if Self::stack_segment(instruction) { meta::STACK } else { 0 };
             self.access(size, meta::STORE | what, |s| {
@@ -699,6 +699,12 @@ impl<'a> Lower<'a> {
     /// Goes to the guest address in T0 through the jump cache.
     fn jump_to_t0(&mut self, instruction: &Instruction) {
         debug_assert!(self.flags != Flags::Host);
+        if self.mode.single {
+            // the jump cache leads to blocks of more than one instruction
+            let miss = self.asm.jmp_forward();
+            self.misses.push((miss, instruction.ip()));
+            return;
+        }
         let a = &mut self.asm;
         a.mov(T1, T0);
         a.shift(5, T1, 12);

@@ -3,7 +3,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::asm::{HOME, RAX, Reg, T0, T1, slot};
+use super::asm::{GUEST_RSP, HOME, RAX, RBP, Reg, T0, T1, slot};
 use super::generic::modrm_form;
 use super::lower::{Flags, Lower, meta};
 use crate::state::{rflags, state_offset};
@@ -118,6 +118,8 @@ struct Plan {
     /// The one high-byte operand beside a memory operand: its guest register, and whether
     /// it is written.
     high: Option<(usize, bool)>,
+    /// RBP stands for guest RSP, whose home needs a REX prefix.
+    low_rsp: bool,
     /// Host RAX is used at all.
     uses_rax: bool,
 }
@@ -210,6 +212,7 @@ impl Lower<'_> {
             rax_written: false,
             spilled: [None; 3],
             high: None,
+            low_rsp: false,
             uses_rax: false,
         };
         let mut high_byte = false;
@@ -237,6 +240,10 @@ impl Lower<'_> {
         if high_byte && !memory {
             // no REX prefix is possible: all operands are operated on in RAX to RDI
             plan.rax = true;
+            plan.low_rsp = (0..instruction.op_count()).any(|i| {
+                instruction.op_kind(i) == OpKind::Register
+                    && instruction.op_register(i).full_register() == Register::RSP
+            });
         }
         let free: &[Reg] = match (memory, plan.rax || plan.high.is_some()) {
             (true, true) => &[T1],
@@ -270,6 +277,8 @@ impl Lower<'_> {
                 continue;
             } else if plan.rax && guest == 0 {
                 RAX
+            } else if plan.low_rsp && guest == 4 {
+                RBP
             } else if let Some(home) = HOME[guest] {
                 home
             } else if let Some((_, temp, written)) =
@@ -321,7 +330,15 @@ impl Lower<'_> {
         if plan.instruction.memory_base() == Register::None {
             self.site(at);
         }
+        if plan.low_rsp {
+            self.asm.mov(T0, RBP);
+            self.asm.mov(RBP, GUEST_RSP);
+        }
         self.encode(&plan.instruction);
+        if plan.low_rsp {
+            self.asm.mov(GUEST_RSP, RBP);
+            self.asm.mov(RBP, T0);
+        }
         for &(guest, temp, written) in plan.spilled.iter().flatten() {
             if written {
                 self.asm.store_gs(slot(guest), temp);
