@@ -7,8 +7,9 @@ use std::fmt::Write as _;
 
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, RflagsBits};
 
-use crate::case::{Case, End, Outcome, Xsave};
+use crate::case::{Case, End, HEADER_OFFSET, Line, Outcome, Xsave};
 use crate::generate::state::rflags;
+use crate::layout::{IMAGES, IMAGES_SIZE};
 use crate::program;
 
 /// What is not compared.
@@ -18,6 +19,10 @@ struct Mask {
     rflags: u64,
     /// Vector registers, as bits by number.
     vectors: u16,
+    /// The pages of saved extended state.
+    images: bool,
+    /// CR2.
+    cr2: bool,
 }
 
 /// The first line of what differs, and all of it.
@@ -53,7 +58,11 @@ pub fn compare(
     let mask = mask_for(case, host, strict);
     report.number("vector", host.vector.into(), guest.vector.into());
     report.number("rip", host.registers.rip, guest.registers.rip);
-    compare_codes(&mut report, host, guest);
+    if mask.cr2 {
+        report.number("error_code", host.error_code, guest.error_code);
+    } else {
+        compare_codes(&mut report, host, guest);
+    }
     report.number(
         "rflags",
         host.registers.rflags & !mask.rflags,
@@ -65,7 +74,7 @@ pub fn compare(
     report.number("fs_base", host.fs_base, guest.fs_base);
     report.number("gs_base", host.gs_base, guest.gs_base);
     compare_extended(&mut report, &host.xsave, &guest.xsave, mask.vectors);
-    compare_memory(&mut report, host, guest);
+    compare_memory(&mut report, host, guest, mask.images);
     report.finish()
 }
 
@@ -101,12 +110,14 @@ fn compare_extended(report: &mut Report, host: &Xsave, guest: &Xsave, forgiven: 
     }
 }
 
-fn compare_memory(report: &mut Report, host: &Outcome, guest: &Outcome) {
+fn compare_memory(report: &mut Report, host: &Outcome, guest: &Outcome, images: bool) {
     if host.changes.count == guest.changes.count && host.changes.hash == guest.changes.hash {
         return;
     }
-    let (hosts, guests) = (host.changes.recorded(), guest.changes.recorded());
-    for line in hosts {
+    let counted = |line: &&Line| !images || !(IMAGES..IMAGES + IMAGES_SIZE).contains(&line.address);
+    let hosts: Vec<&Line> = host.changes.recorded().iter().filter(counted).collect();
+    let guests: Vec<&Line> = guest.changes.recorded().iter().filter(counted).collect();
+    for line in &hosts {
         match guests.iter().find(|l| l.address == line.address) {
             Some(other) => {
                 for (at, (a, b)) in
@@ -118,13 +129,15 @@ fn compare_memory(report: &mut Report, host: &Outcome, guest: &Outcome) {
             None => report.note(&format!("[{:#x}]", line.address), "changed", "unchanged"),
         }
     }
-    for line in guests {
+    for line in &guests {
         if !hosts.iter().any(|l| l.address == line.address) {
             report.note(&format!("[{:#x}]", line.address), "unchanged", "changed");
         }
     }
-    report.number("changed lines", host.changes.count, guest.changes.count);
-    report.number("hash of memory", host.changes.hash, guest.changes.hash);
+    if !images {
+        report.number("changed lines", host.changes.count, guest.changes.count);
+        report.number("hash of memory", host.changes.hash, guest.changes.hash);
+    }
 }
 
 /// What this case leaves undefined, by the decoder's word.
@@ -134,6 +147,9 @@ fn mask_for(case: &Case, host: &Outcome, strict: bool) -> Mask {
     let instructions = program::decode(case);
     let branches = has_branches(&instructions);
     for instruction in &instructions {
+        // images hold FOP, FIP and FDP, which follow where code lies, and components that
+        // may or may not count as initial
+        mask.images |= instruction.code().op_code().is_save_restore() || is_x87_save(instruction);
         if !strict {
             let undefined = undefined_flags(instruction);
             let defined = instruction.rflags_written()
@@ -146,6 +162,8 @@ fn mask_for(case: &Case, host: &Outcome, strict: bool) -> Mask {
             mask.rflags |= rflags_of(undefined);
         }
         let faulted = host.registers.rip == instruction.ip() && host.vector != 1;
+        // large operands are probed at either end first
+        mask.cr2 |= faulted && (instruction.code().op_code().is_save_restore() || is_x87_save(instruction));
         if faulted && is_repeated_comparison(instruction) {
             // Intel restores the flags to those before the instruction, AMD leaves those of
             // the last comparison; continuing it sets them again
@@ -168,6 +186,10 @@ fn mask_for(case: &Case, host: &Outcome, strict: bool) -> Mask {
 
 fn has_branches(instructions: &[Instruction]) -> bool {
     instructions.iter().any(|i| i.flow_control() != iced_x86::FlowControl::Next)
+}
+
+fn is_x87_save(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv)
 }
 
 fn is_repeated_comparison(instruction: &Instruction) -> bool {
@@ -199,6 +221,10 @@ fn is_up_to_the_host(case: &Case, host: &Outcome, guest: &Outcome) -> bool {
             }
             // whether the target or the push is checked first
             M::Call => host.vector != guest.vector,
+            // an image may name components that only the host has
+            M::Xrstor | M::Xrstor64 => ends == [true, true] || names_other_components(i, guest),
+            // whether alignment or the segment is checked first
+            _ if i.code().op_code().is_save_restore() => ends == [true, true],
             // AMD does not demand alignment of SHA's operands
             M::Sha1msg1 | M::Sha1msg2 | M::Sha1nexte | M::Sha1rnds4 | M::Sha256msg1
             | M::Sha256msg2 | M::Sha256rnds2 => host.vector != guest.vector,
@@ -211,6 +237,27 @@ fn is_up_to_the_host(case: &Case, host: &Outcome, guest: &Outcome) -> bool {
             }
         }
     })
+}
+
+/// Whether the image that `instruction` loads, in the state it faulted with, has components
+/// beyond x87, SSE and AVX in its `XSTATE_BV`.
+fn names_other_components(instruction: &Instruction, outcome: &Outcome) -> bool {
+    let image = instruction.virtual_address(0, 0, |register, _, _| match register {
+        Register::FS => Some(outcome.fs_base),
+        Register::GS => Some(outcome.gs_base),
+        r if r.is_gpr() => Some(outcome.registers.gpr[r.full_register().number()]),
+        _ => Some(0),
+    });
+    let header = image.unwrap_or(0).wrapping_add(HEADER_OFFSET as u64);
+    memory_after(outcome, header).is_none_or(|components| components & !7 != 0)
+}
+
+/// The word at linear `address` after a case, if it is known.
+fn memory_after(outcome: &Outcome, address: u64) -> Option<u64> {
+    let lines = outcome.changes.recorded();
+    let line = lines.iter().find(|l| address >= l.address && address - l.address <= 56)?;
+    let at = (address - line.address) as usize;
+    Some(u64::from_le_bytes(*line.bytes[at..].first_chunk()?))
 }
 
 /// The flags an instruction leaves undefined, more exactly than by its opcode alone.

@@ -30,6 +30,11 @@ pub const READ_ONLY_TO_WRITABLE: u64 = DATA + 0x5000;
 /// From a writable page below this address to a read-only one above.
 pub const WRITABLE_TO_READ_ONLY: u64 = DATA + 0x6000;
 
+/// Two writable pages for saved extended state alone, with holes around them.
+pub const IMAGES: u64 = DATA + 0x8000;
+/// Bytes of [`IMAGES`].
+pub const IMAGES_SIZE: u64 = 2 * PAGE;
+
 /// First byte of the two stack pages, with holes around them.
 pub const STACK: u64 = 0x1002_1000;
 /// First byte behind the stack pages.
@@ -60,7 +65,7 @@ pub enum Access {
 }
 
 /// The pages a test can see, as linear address and access.
-pub const PAGES: [(u64, Access); 10] = [
+pub const PAGES: [(u64, Access); 12] = [
     (CODE, Access::Code),
     (CODE + PAGE, Access::Code),
     (WRITABLE, Access::Writable),
@@ -68,6 +73,8 @@ pub const PAGES: [(u64, Access); 10] = [
     (READ_ONLY, Access::ReadOnly),
     (READ_ONLY_TO_WRITABLE, Access::Writable),
     (WRITABLE_TO_READ_ONLY, Access::ReadOnly),
+    (IMAGES, Access::Writable),
+    (IMAGES + PAGE, Access::Writable),
     (STACK, Access::Writable),
     (STACK + PAGE, Access::Writable),
     (FAR, Access::Writable),

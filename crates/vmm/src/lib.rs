@@ -28,6 +28,8 @@ mod machine;
 mod panic_watch;
 mod pvclock;
 mod sync;
+#[cfg(test)]
+mod testing;
 mod timers;
 mod vcpu;
 pub mod virtio;

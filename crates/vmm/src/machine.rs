@@ -5,6 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use strata_hypervisor::state::Registers;
 use strata_memory::GuestMemory;
 
 use crate::boot::{self, Loaded};
@@ -64,6 +65,15 @@ impl Machine {
     /// Reads the kernel and the RAM disk, sets up memory and devices, and loads the guest.
     /// Nothing runs yet.
     pub fn build(config: MachineConfig) -> Result<Self, Error> {
+        Self::build_with(config, vcpu::soft)
+    }
+
+    /// Builds a machine whose vCPUs come from the factory that `vcpus` makes for their first
+    /// registers.
+    fn build_with(
+        config: MachineConfig,
+        vcpus: impl FnOnce(Registers) -> Box<Factory>,
+    ) -> Result<Self, Error> {
         let calibration = Calibration::start();
         let MachineConfig {
             cpus,
@@ -118,7 +128,7 @@ impl Machine {
         let machine = Self {
             shared: Arc::new(shared),
             cpus,
-            factory: Arc::from(vcpu::soft(registers)),
+            factory: Arc::from(vcpus(registers)),
             devices: Some(devices),
             serial,
             output,
@@ -196,3 +206,6 @@ impl Drop for Machine {
         self.output.close();
     }
 }
+
+#[cfg(test)]
+mod tests;

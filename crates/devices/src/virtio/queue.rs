@@ -7,10 +7,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use strata_memory::vm_memory::{self, Permissions};
+use strata_memory::vm_memory::{GuestMemory as _, Permissions};
 use strata_memory::{Bytes, GuestAddress, Ram};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemory as _;
 
 /// The largest number of descriptors in a chain. Linux may exceed the queue size with
 /// indirect tables; nobody comes near this.

@@ -7,6 +7,7 @@
 mod builder;
 mod memory;
 mod operands;
+mod save;
 mod special;
 pub(crate) mod state;
 pub(crate) mod values;
@@ -16,7 +17,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl};
 use self::builder::Builder;
 use crate::case::Case;
 use crate::catalog::Catalog;
-use crate::program::{Body, Place, Program, encode};
+use crate::program::{Body, Item, Place, Program, Reference, encode};
 use crate::rng::Rng;
 
 /// Longest sequence, in instructions chosen (what sets up their operands comes on top).
@@ -129,6 +130,11 @@ fn spoil(program: &mut Program, rng: &mut Rng) {
     const PREFIXES: [u8; 13] =
         [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x40, 0x48];
     let index = rng.index(program.items.len());
+    // what is to be rewritten keeps its length
+    let rewritten = |i: &Item| i.target == Some((Reference::Memory, index));
+    if program.items.iter().any(rewritten) {
+        return;
+    }
     let item = &mut program.items[index];
     if item.target.is_some() {
         return;
@@ -139,7 +145,9 @@ fn spoil(program: &mut Program, rng: &mut Rng) {
         Decoder::with_ip(64, &bytes, program.code_address, DecoderOptions::NONE);
     let instruction = decoder.decode();
     // AMD cuts near branches to 16 bits by prefix 66, Intel does not
-    let disputed = bytes[0] == 0x66 && instruction.flow_control() != FlowControl::Next;
+    let mut disputed = bytes[0] == 0x66 && instruction.flow_control() != FlowControl::Next;
+    // F3 REX.B 90 is XCHG on CPUs and PAUSE to the decoder
+    disputed |= instruction.code() == Code::Pause;
     let allowed = Catalog::shared().contains(instruction.code()) && !disputed;
     if allowed && instruction.len() == bytes.len() {
         item.body = Body::Raw(bytes);

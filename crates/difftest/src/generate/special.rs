@@ -201,9 +201,10 @@ pub(super) fn pattern(
 ) {
     // a branch from before must not skip what sets the pattern up
     builder.limit_targets();
-    match rng.below(3) {
+    match rng.below(4) {
         0 => counted_loop(builder, rng, filler),
-        1 => call_and_return(builder, rng, filler),
+        1 => super::save::pattern(builder, rng, filler),
+        2 => call_and_return(builder, rng, filler),
         _ => self_modification(builder, rng, filler),
     }
 }
