@@ -7,9 +7,9 @@ use iced_x86::Instruction;
 use strata_memory::PAGE_SIZE;
 
 use crate::hash::BuildFast;
+use crate::translate::Translated;
 use crate::translate::cache::CodeCache;
 use crate::translate::lower::{Mode, Numbers, Site};
-use crate::translate::Translated;
 
 /// Identifies what a block translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,9 +45,9 @@ impl Block {
     }
 
     pub(crate) fn overlaps(&self, address: u64, length: u64) -> bool {
-        self.ranges().iter().any(|&(start, size)| {
-            size > 0 && address < start + size && start < address + length
-        })
+        self.ranges()
+            .iter()
+            .any(|&(start, size)| size > 0 && address < start + size && start < address + length)
     }
 }
 
@@ -76,7 +76,10 @@ impl Blocks {
 
     /// Numbers that the next block's first exit and first system instruction will have.
     pub(crate) fn next(&self) -> Numbers {
-        Numbers { first_system: self.systems.len() as u32, first_exit: self.exits.len() as u32 }
+        Numbers {
+            first_system: self.systems.len() as u32,
+            first_exit: self.exits.len() as u32,
+        }
     }
 
     /// The system instruction with this number.
@@ -107,7 +110,10 @@ impl Blocks {
         };
         for (address, size) in block.ranges() {
             if size > 0 {
-                self.by_page.entry(address / PAGE_SIZE).or_default().push(number);
+                self.by_page
+                    .entry(address / PAGE_SIZE)
+                    .or_default()
+                    .push(number);
             }
         }
         self.all.push(block);
@@ -118,16 +124,24 @@ impl Blocks {
     /// The block that the host address at `offset` of the cache belongs to, with the last
     /// site at or before it.
     pub(crate) fn locate(&self, offset: u32) -> Option<(u32, Site)> {
-        let number = self.all.partition_point(|b| b.start <= offset).checked_sub(1)?;
+        let number = self
+            .all
+            .partition_point(|b| b.start <= offset)
+            .checked_sub(1)?;
         let block = &self.all[number];
         let inside = offset - block.start;
-        let site = block.sites.partition_point(|s| s.host <= inside).checked_sub(1)?;
+        let site = block
+            .sites
+            .partition_point(|s| s.host <= inside)
+            .checked_sub(1)?;
         Some((number as u32, block.sites[site]))
     }
 
     /// Makes exit `number` jump straight to `target`.
     pub(crate) fn chain(&mut self, cache: &mut CodeCache, number: u32, target: u32) {
-        let Some(exit) = self.exits.get_mut(number as usize) else { return };
+        let Some(exit) = self.exits.get_mut(number as usize) else {
+            return;
+        };
         let to = &mut self.all[target as usize];
         if to.key.second.is_some() || !to.alive || exit.chained {
             return;
@@ -142,7 +156,9 @@ impl Blocks {
     /// Throws away the blocks that cover any of `length` bytes at physical `address`.
     pub(crate) fn invalidate(&mut self, cache: &mut CodeCache, address: u64, length: u64) {
         let page = address / PAGE_SIZE;
-        let Some(list) = self.by_page.get(&page) else { return };
+        let Some(list) = self.by_page.get(&page) else {
+            return;
+        };
         let hit: Vec<u32> = list
             .iter()
             .copied()
@@ -155,7 +171,9 @@ impl Blocks {
 
     /// Whether any live block has bytes in the page.
     pub(crate) fn page_in_use(&self, address: u64) -> bool {
-        self.by_page.get(&(address / PAGE_SIZE)).is_some_and(|l| !l.is_empty())
+        self.by_page
+            .get(&(address / PAGE_SIZE))
+            .is_some_and(|l| !l.is_empty())
     }
 
     fn kill(&mut self, cache: &mut CodeCache, number: u32) {

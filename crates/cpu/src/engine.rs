@@ -16,6 +16,7 @@ use std::time::Duration;
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 use strata_memory::{CodeWriteListener, GuestMemory, PAGE_SIZE};
 
+use crate::Error;
 use crate::blocks::{Blocks, Key};
 use crate::bus::{Bus, Waker};
 use crate::exception::{Exception, vector};
@@ -28,7 +29,6 @@ use crate::translate::cache::CodeCache;
 use crate::translate::lower::{ATTENTION_CHECK, Flags, Mode, Tools, meta};
 use crate::translate::thunks::{self, Callbacks, Leave, Thunks};
 use crate::translate::{Source, translate};
-use crate::Error;
 
 /// Address space for translated code, in bytes. Pages are used as code is made.
 const CACHE_SIZE: usize = 64 << 20;
@@ -88,7 +88,7 @@ pub struct Cpu {
     thunks_end: usize,
     tools: Tools,
     /// Set while translated code runs, for the slow paths.
-    bus: Option<*const dyn Bus>,
+    bus: Option<&'static dyn Bus>,
     /// What a slow path raised.
     raised: Option<Exception>,
     /// The next instruction runs as a block of its own, since it writes its own block.
@@ -108,15 +108,19 @@ impl Cpu {
         let core = Core::new(memory, index, tsc_khz);
         let mut cache = CodeCache::new(CACHE_SIZE).map_err(Error::CodeCache)?;
         let mut asm = Asm::new(cache.base());
-        let callbacks = Callbacks { access: access as *const () as u64, commit: commit as *const () as u64 };
+        let callbacks = Callbacks {
+            access: access as *const () as u64,
+            commit: commit as *const () as u64,
+        };
         let thunks = thunks::emit(&mut asm, mask, &callbacks);
         cache.append(&asm.bytes);
         let thunks_end = cache.used();
         let device_writes = Arc::new(DeviceWrites::default());
         let waker = Waker(Arc::clone(core.state.block()));
-        core.memory
-            .code()
-            .set_listener(Box::new(Listener { writes: Arc::clone(&device_writes), waker }));
+        core.memory.code().set_listener(Box::new(Listener {
+            writes: Arc::clone(&device_writes),
+            waker,
+        }));
         Ok(Self {
             core,
             blocks: Blocks::default(),
@@ -161,7 +165,10 @@ impl Cpu {
 
     /// How much was translated.
     pub fn statistics(&self) -> Statistics {
-        Statistics { cache_bytes: self.cache.used(), ..self.statistics }
+        Statistics {
+            cache_bytes: self.cache.used(),
+            ..self.statistics
+        }
     }
 
     fn empty_cache(&mut self) {
@@ -174,8 +181,9 @@ impl Cpu {
     /// Runs the guest until `stop` is set (and the vCPU woken), or it cannot go on.
     pub fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Exit {
         self.core.state.runtime = (&raw mut *self).cast::<c_void>();
-        // SAFETY: only the lifetime is widened; the pointer is cleared before `bus` ends.
-        self.bus = Some(unsafe { std::mem::transmute::<*const dyn Bus, *const dyn Bus>(bus) });
+        // SAFETY: only the lifetime is widened; `self.bus` is cleared before `bus` ends, and
+        // only slow paths inside this call read it.
+        self.bus = Some(unsafe { std::mem::transmute::<&dyn Bus, &'static dyn Bus>(bus) });
         let block: *const crate::state::Block = &raw const **self.core.state.block();
         // SAFETY: sets this thread's GS base, which nothing else in the process uses on
         // x86-64 Linux (thread-local storage is FS).
@@ -198,7 +206,13 @@ impl Cpu {
 
     /// One round: interrupts, then one entry into translated code and what it led to.
     fn step(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Option<Exit> {
-        let attention = self.core.state.block().attention.0.swap(0, Ordering::SeqCst);
+        let attention = self
+            .core
+            .state
+            .block()
+            .attention
+            .0
+            .swap(0, Ordering::SeqCst);
         if attention != 0 {
             self.core.check_interrupts = true;
             self.take_device_writes();
@@ -211,7 +225,12 @@ impl Cpu {
         if self.core.check_interrupts {
             if shadow {
                 // look again as soon as the shadow has passed
-                self.core.state.block().attention.0.store(1, Ordering::SeqCst);
+                self.core
+                    .state
+                    .block()
+                    .attention
+                    .0
+                    .store(1, Ordering::SeqCst);
             } else if self.core.state.rflags() & rflags::IF != 0 {
                 if let Some(number) = bus.acknowledge_interrupt() {
                     if system::deliver_interrupt(&mut self.core, bus, number).is_err() {
@@ -228,12 +247,17 @@ impl Cpu {
             Ok((_, entry)) => entry,
             Err(exception) => return self.deliver(bus, exception),
         };
-        let entry = if shadow || single { entry + ATTENTION_CHECK } else { entry };
+        let entry = if shadow || single {
+            entry + ATTENTION_CHECK
+        } else {
+            entry
+        };
         self.core.state.interrupts_held = u64::from(self.core.check_interrupts);
         // SAFETY: `entry` is in a live block of this vCPU's cache, GS and the window are
         // set, and the state is only reached through raw pointers until it returns.
         let code = unsafe {
-            let enter: extern "sysv64" fn(u64) -> u32 = std::mem::transmute(self.thunks.enter as *const ());
+            let enter: extern "sysv64" fn(u64) -> u32 =
+                std::mem::transmute(self.thunks.enter as *const ());
             enter(entry)
         };
         let leave = Leave::from_code(code);
@@ -254,8 +278,11 @@ impl Cpu {
             },
             Leave::HostFault => return self.host_fault(bus),
         };
-        (trap && done && leave != Leave::Attention && system::deliver_single_step(&mut self.core, bus).is_err())
-            .then_some(Exit::TripleFault)
+        (trap
+            && done
+            && leave != Leave::Attention
+            && system::deliver_single_step(&mut self.core, bus).is_err())
+        .then_some(Exit::TripleFault)
     }
 
     fn deliver(&mut self, bus: &dyn Bus, exception: Exception) -> Option<Exit> {
@@ -303,10 +330,23 @@ impl Cpu {
         let mut bytes = [0; MAX_INSTRUCTION];
         // RET is one byte, or three with the count of what it drops
         let length = (PAGE_SIZE - rip % PAGE_SIZE).min(MAX_INSTRUCTION as u64) as usize;
-        self.core.read_linear(bus, rip, &mut bytes[..length], Privilege::Supervisor)?;
+        let (first, second) = bytes.split_at_mut(length);
+        self.core
+            .read_linear(bus, rip, first, Privilege::Supervisor)?;
+        // it was fetched, so what lies there of it can be read
+        let _ = self.core.read_linear(
+            bus,
+            rip.wrapping_add(length as u64),
+            second,
+            Privilege::Supervisor,
+        );
         let instruction = Decoder::with_ip(64, &bytes, rip, DecoderOptions::NONE).decode();
         if instruction.mnemonic() == Mnemonic::Ret {
-            let dropped = if instruction.op_count() == 1 { u64::from(instruction.immediate16()) } else { 0 };
+            let dropped = if instruction.op_count() == 1 {
+                u64::from(instruction.immediate16())
+            } else {
+                0
+            };
             let rsp = &mut self.core.state.gpr[gpr::RSP];
             *rsp = rsp.wrapping_sub(8 + dropped);
         }
@@ -327,7 +367,11 @@ impl Cpu {
                 self.core.check_interrupts = true;
                 return;
             }
-            let wait = if enabled { bus.next_timer().map(|at| self.until(at)) } else { None };
+            let wait = if enabled {
+                bus.next_timer().map(|at| self.until(at))
+            } else {
+                None
+            };
             block.attention.wait(wait);
             self.take_device_writes();
         }
@@ -375,7 +419,12 @@ impl Cpu {
             3
         };
         let tsc = !self.core.user() || state.cr4 & cr4::TSD == 0;
-        Mode { user: self.core.user(), extended, tsc, single }
+        Mode {
+            user: self.core.user(),
+            extended,
+            tsc,
+            single,
+        }
     }
 
     /// The block for where the guest is, made if need be: its number and entry address.
@@ -387,7 +436,12 @@ impl Cpu {
         }
         let rip = self.core.state.rip;
         let (physical, global) = self.core.fetch_address(rip)?;
-        let mut key = Key { physical, second: None, rip, mode };
+        let mut key = Key {
+            physical,
+            second: None,
+            rip,
+            mode,
+        };
         let mut number = self.blocks.find(&key);
         if number.is_none() {
             number = Some(self.make_block(&mut key)?);
@@ -397,7 +451,13 @@ impl Cpu {
         let entry = self.cache.base() + u64::from(block.entry);
         if !single {
             let last = rip.wrapping_add(u64::from(block.length.max(1) - 1));
-            self.core.space().insert_jump(mode.user, rip, last, entry, global && block.key.second.is_none());
+            self.core.space().insert_jump(
+                mode.user,
+                rip,
+                last,
+                entry,
+                global && block.key.second.is_none(),
+            );
         }
         Ok((number, entry))
     }
@@ -429,7 +489,9 @@ impl Cpu {
     fn fetch(&self, physical: u64, bytes: &mut [u8]) {
         match self.core.memory.host_ptr(physical, bytes.len() as u64) {
             // SAFETY: the range is guest RAM, mapped while `self.core.memory` lives.
-            Some(host) => unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) },
+            Some(host) => unsafe {
+                std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len());
+            },
             // what a bus without a device reads as
             None => bytes.fill(0xff),
         }
@@ -442,9 +504,20 @@ impl Cpu {
         let host = self.cache.base() + self.cache.used() as u64;
         let table = &self.core.cpuid;
         // an instruction that crosses a page is a block of its own
-        let crossing = Mode { single: true, ..key.mode };
-        let mode = if key.second.is_some() { crossing } else { key.mode };
-        let source = Source { start: key.rip, bytes, mode };
+        let crossing = Mode {
+            single: true,
+            ..key.mode
+        };
+        let mode = if key.second.is_some() {
+            crossing
+        } else {
+            key.mode
+        };
+        let source = Source {
+            start: key.rip,
+            bytes,
+            mode,
+        };
         let translated = translate(
             &source,
             &mut self.tools,
@@ -464,7 +537,10 @@ impl Cpu {
         let block = &self.blocks.all[number as usize];
         let length = u64::from(block.length);
         let first = length.min(PAGE_SIZE - block.key.physical % PAGE_SIZE);
-        let parts = [(block.key.physical, first), (block.key.second.unwrap_or(0), length - first)];
+        let parts = [
+            (block.key.physical, first),
+            (block.key.second.unwrap_or(0), length - first),
+        ];
         for (address, size) in parts {
             if size > 0 && self.core.memory.code().mark(address, size) {
                 self.core.revoke_stores(address);
@@ -489,10 +565,16 @@ impl Cpu {
         let fault = self.core.state.host_fault;
         let offset = fault.rip.wrapping_sub(self.cache.base()) as u32;
         let Some((number, site)) = self.blocks.locate(offset) else {
-            return Some(Exit::Fatal(format!("host fault {} outside of any block", fault.trap)));
+            return Some(Exit::Fatal(format!(
+                "host fault {} outside of any block",
+                fault.trap
+            )));
         };
         let state = &mut *self.core.state;
-        state.rip = self.blocks.all[number as usize].key.rip.wrapping_add(u64::from(site.guest));
+        state.rip = self.blocks.all[number as usize]
+            .key
+            .rip
+            .wrapping_add(u64::from(site.guest));
         match site.flags {
             Flags::Ax | Flags::Both => {}
             Flags::Host => state.status = State::status_from(fault.rflags),
@@ -560,7 +642,10 @@ impl Cpu {
             return Err(Exception::general_protection(0));
         }
         let first = size.min(PAGE_SIZE - address % PAGE_SIZE);
-        let parts = [(address, first), (address.wrapping_add(first), size - first)];
+        let parts = [
+            (address, first),
+            (address.wrapping_add(first), size - first),
+        ];
         let mut direct = None;
         for &(at, length) in parts.iter().filter(|p| p.1 > 0) {
             let target = self.core.target(at, kind, Privilege::Current)?;
@@ -587,7 +672,8 @@ impl Cpu {
             let mut data = [0; 512];
             let data = &mut data[..size as usize];
             let bus = self.current_bus();
-            self.core.read_linear(bus, address, data, Privilege::Current)?;
+            self.core
+                .read_linear(bus, address, data, Privilege::Current)?;
             self.core.state.bounce.0[offset..offset + data.len()].copy_from_slice(data);
         }
         self.core.state.commit_address = address;
@@ -599,16 +685,15 @@ impl Cpu {
     fn writes_itself(&self, block: Option<u32>) -> bool {
         block.is_some_and(|number| {
             let block = &self.blocks.all[number as usize];
-            self.core.stale.iter().any(|&(address, length)| block.overlaps(address, length))
+            self.core
+                .stale
+                .iter()
+                .any(|&(address, length)| block.overlaps(address, length))
         })
     }
 
     fn current_bus(&self) -> &'static dyn Bus {
-        let bus = self.bus.expect("slow paths run inside Cpu::run");
-        // SAFETY: `run` holds the borrow that the pointer came from for as long as
-        // translated code, and so its slow paths, can run; the reference does not outlive
-        // the slow path.
-        unsafe { &*bus }
+        self.bus.expect("slow paths run inside Cpu::run")
     }
 
     fn commit_store(&mut self) {
@@ -620,7 +705,10 @@ impl Cpu {
         data.copy_from_slice(&self.core.state.bounce.0[offset..offset + length]);
         let bus = self.current_bus();
         // the pages were checked before the instruction ran
-        if let Err(exception) = self.core.write_linear(bus, address, data, Privilege::Current) {
+        if let Err(exception) = self
+            .core
+            .write_linear(bus, address, data, Privilege::Current)
+        {
             tracing::warn!(?exception, "a checked store failed");
         }
         self.drop_stale();
@@ -659,7 +747,8 @@ extern "sysv64" fn access(cpu: *mut Cpu, address: u64, what: u32, from: u64) -> 
     // SAFETY: `runtime` is the Cpu inside whose `run` translated code executes; `run` does
     // not touch `self` while it does.
     let cpu = unsafe { &mut *cpu };
-    cpu.slow_access(address, what, from).unwrap_or(std::ptr::null_mut())
+    cpu.slow_access(address, what, from)
+        .unwrap_or(std::ptr::null_mut())
 }
 
 /// Called by the commit thunk.

@@ -35,11 +35,19 @@ pub struct Exception {
 
 impl Exception {
     pub(crate) fn new(vector: u8) -> Self {
-        Self { vector, error_code: None, address: None }
+        Self {
+            vector,
+            error_code: None,
+            address: None,
+        }
     }
 
     pub(crate) fn with_code(vector: u8, code: u32) -> Self {
-        Self { vector, error_code: Some(code), address: None }
+        Self {
+            vector,
+            error_code: Some(code),
+            address: None,
+        }
     }
 
     pub(crate) fn general_protection(code: u32) -> Self {
@@ -63,6 +71,10 @@ impl Exception {
     }
 
     pub(crate) fn page_fault(address: u64, code: u32) -> Self {
-        Self { vector: vector::PF, error_code: Some(code), address: Some(address) }
+        Self {
+            vector: vector::PF,
+            error_code: Some(code),
+            address: Some(address),
+        }
     }
 }

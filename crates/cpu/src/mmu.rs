@@ -103,7 +103,11 @@ struct Filled {
 
 impl Filled {
     fn note(&mut self, index: usize, global: bool) {
-        let list = if global { &mut self.global } else { &mut self.local };
+        let list = if global {
+            &mut self.global
+        } else {
+            &mut self.local
+        };
         list.push(index as u16);
     }
 
@@ -149,12 +153,18 @@ fn tlb_index(linear: u64) -> usize {
 
 fn invalid_jump(index: usize) -> JumpEntry {
     // address 0 has index 0, so its empty entry needs a pc that has another
-    JumpEntry { pc: u64::from(index == 0), code: 0 }
+    JumpEntry {
+        pc: u64::from(index == 0),
+        code: 0,
+    }
 }
 
 impl TlbEntry {
     fn invalid(index: usize) -> Self {
-        Self { tag: invalid_tag(index), host: 0 }
+        Self {
+            tag: invalid_tag(index),
+            host: 0,
+        }
     }
 }
 
@@ -186,7 +196,11 @@ impl AddressSpace {
 
     fn flush_tlb(&mut self, keep_global: bool) {
         for (table, filled) in self.tlb.iter_mut().zip(&mut self.tlb_filled) {
-            let global = if keep_global { Vec::new() } else { std::mem::take(&mut filled.global) };
+            let global = if keep_global {
+                Vec::new()
+            } else {
+                std::mem::take(&mut filled.global)
+            };
             for index in global.into_iter().chain(filled.local.drain(..)) {
                 table[usize::from(index)] = TlbEntry::invalid(usize::from(index));
             }
@@ -198,7 +212,11 @@ impl AddressSpace {
 
     fn flush_jumps_but(&mut self, keep_global: bool) {
         for (table, filled) in self.jumps.iter_mut().zip(&mut self.jumps_filled) {
-            let global = if keep_global { Vec::new() } else { std::mem::take(&mut filled.global) };
+            let global = if keep_global {
+                Vec::new()
+            } else {
+                std::mem::take(&mut filled.global)
+            };
             for index in global.into_iter().chain(filled.local.drain(..)) {
                 table[usize::from(index)] = invalid_jump(usize::from(index));
             }
@@ -220,7 +238,9 @@ impl AddressSpace {
     fn flush_page(&mut self, linear: u64) {
         let index = tlb_index(linear);
         let page = linear & !(PAGE_SIZE - 1);
-        let many = [21, 30].iter().any(|&shift| self.large.contains(&large_key(linear, shift)));
+        let many = [21, 30]
+            .iter()
+            .any(|&shift| self.large.contains(&large_key(linear, shift)));
         for table in &mut self.tlb {
             if table[index].tag == page {
                 table[index].tag = invalid_tag(index);
@@ -281,7 +301,6 @@ pub(crate) enum Target {
 pub(crate) struct Core {
     pub(crate) state: StateRef,
     pub(crate) memory: GuestMemory,
-    pub(crate) index: u32,
     /// TSC frequency that the guest is told, in kHz.
     pub(crate) tsc_khz: u32,
     pub(crate) cpuid: crate::system::cpuid::Table,
@@ -301,7 +320,6 @@ impl Core {
         let mut core = Self {
             state: StateRef::new(),
             memory,
-            index,
             tsc_khz,
             cpuid: crate::system::cpuid::Table::from_host(tsc_khz, index, 1),
             check_interrupts: true,
@@ -327,7 +345,11 @@ impl Core {
     /// Makes the address space of CR3 current, after CR3 or CR4 were set. `keep`: entries
     /// it may hold from before stay valid (CR3 bit 63 with CR4.PCIDE).
     pub(crate) fn select_space(&mut self, keep: bool) {
-        let pcid = if self.state.cr4 & cr4::PCIDE == 0 { 0 } else { self.state.cr3 & 0xfff };
+        let pcid = if self.state.cr4 & cr4::PCIDE == 0 {
+            0
+        } else {
+            self.state.cr3 & 0xfff
+        };
         self.clock += 1;
         let found = self.spaces.iter().position(|s| s.pcid == Some(pcid));
         let index = found.unwrap_or_else(|| self.free_space());
@@ -347,7 +369,11 @@ impl Core {
             self.spaces.push(AddressSpace::new());
             return self.spaces.len() - 1;
         }
-        let oldest = self.spaces.iter().enumerate().min_by_key(|(_, s)| s.last_used);
+        let oldest = self
+            .spaces
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, s)| s.last_used);
         oldest.map_or(0, |(index, _)| index)
     }
 
@@ -473,7 +499,10 @@ impl Core {
                 space.tlb_filled[table].note(index, mapping.global);
             }
             space.info[table][index] = info;
-            space.tlb[table][index] = TlbEntry { tag: page, host: host as u64 };
+            space.tlb[table][index] = TlbEntry {
+                tag: page,
+                host: host as u64,
+            };
         }
     }
 
@@ -498,7 +527,12 @@ impl Core {
     fn walk(&self, linear: u64, kind: Kind, user: bool) -> Result<Mapping, Exception> {
         let state: &State = &self.state;
         if state.cr0 & cr0::PG == 0 {
-            return Ok(Mapping { physical: linear & 0xffff_ffff, page_shift: 12, global: false, writable: true });
+            return Ok(Mapping {
+                physical: linear & 0xffff_ffff,
+                page_shift: 12,
+                global: false,
+                writable: true,
+            });
         }
         let nxe = state.efer & efer::NXE != 0;
         let mut code = 0;
@@ -539,7 +573,12 @@ impl Core {
                 let no_execute = nx || value & PTE_NX != 0;
                 if !leaf {
                     if value & PTE_A == 0
-                        && let Err(now) = entry.compare_exchange(value, value | PTE_A, Ordering::SeqCst, Ordering::Acquire)
+                        && let Err(now) = entry.compare_exchange(
+                            value,
+                            value | PTE_A,
+                            Ordering::SeqCst,
+                            Ordering::Acquire,
+                        )
                     {
                         value = now;
                         continue;
@@ -553,13 +592,15 @@ impl Core {
                 let denied = (user && all & PTE_U == 0)
                     || (kind == Kind::Write && !may_write)
                     || (kind == Kind::Fetch
-                        && (no_execute || (!user && all & PTE_U != 0 && state.cr4 & cr4::SMEP != 0)));
+                        && (no_execute
+                            || (!user && all & PTE_U != 0 && state.cr4 & cr4::SMEP != 0)));
                 if denied {
                     return Err(fault(pf::P));
                 }
                 let wanted = value | PTE_A | if kind == Kind::Write { PTE_D } else { 0 };
                 if wanted != value
-                    && let Err(now) = entry.compare_exchange(value, wanted, Ordering::SeqCst, Ordering::Acquire)
+                    && let Err(now) =
+                        entry.compare_exchange(value, wanted, Ordering::SeqCst, Ordering::Acquire)
                 {
                     value = now;
                     continue;
@@ -683,7 +724,12 @@ impl Core {
     }
 
     /// Reads eight bytes.
-    pub(crate) fn read_u64(&mut self, bus: &dyn Bus, linear: u64, privilege: Privilege) -> Result<u64, Exception> {
+    pub(crate) fn read_u64(
+        &mut self,
+        bus: &dyn Bus,
+        linear: u64,
+        privilege: Privilege,
+    ) -> Result<u64, Exception> {
         Ok(u64::from_le_bytes(self.read_bytes(bus, linear, privilege)?))
     }
 }
@@ -710,8 +756,12 @@ fn copy_to_guest(host: *mut u8, data: &[u8]) {
     unsafe {
         match *data {
             [a] => host.write_volatile(a),
-            [a, b] => host.cast::<u16>().write_unaligned(u16::from_ne_bytes([a, b])),
-            [a, b, c, d] => host.cast::<u32>().write_unaligned(u32::from_ne_bytes([a, b, c, d])),
+            [a, b] => host
+                .cast::<u16>()
+                .write_unaligned(u16::from_ne_bytes([a, b])),
+            [a, b, c, d] => host
+                .cast::<u32>()
+                .write_unaligned(u32::from_ne_bytes([a, b, c, d])),
             [a, b, c, d, e, f, g, h] => host
                 .cast::<u64>()
                 .write_unaligned(u64::from_ne_bytes([a, b, c, d, e, f, g, h])),

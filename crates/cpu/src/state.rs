@@ -337,7 +337,12 @@ pub(crate) struct HostFault {
 
 impl State {
     pub(crate) fn new() -> Self {
-        let flat = |attributes| Segment { base: 0, limit: u32::MAX, selector: 0, attributes };
+        let flat = |attributes| Segment {
+            base: 0,
+            limit: u32::MAX,
+            selector: 0,
+            attributes,
+        };
         Self {
             gpr: [0; 16],
             rip: 0,
@@ -376,7 +381,10 @@ impl State {
             efer: 0,
             dr: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
             // PAT after reset: Intel SDM vol. 3A §12.12.4
-            msrs: Msrs { pat: 0x0007_0406_0007_0406, ..Msrs::default() },
+            msrs: Msrs {
+                pat: 0x0007_0406_0007_0406,
+                ..Msrs::default()
+            },
             interrupt_shadow: false,
             nmi_blocked: false,
         }
@@ -384,7 +392,8 @@ impl State {
 
     /// All of RFLAGS.
     pub fn rflags(&self) -> u64 {
-        let ah = self.status >> 8 & (rflags::SF | rflags::ZF | rflags::AF | rflags::PF | rflags::CF);
+        let ah =
+            self.status >> 8 & (rflags::SF | rflags::ZF | rflags::AF | rflags::PF | rflags::CF);
         self.system_flags & !rflags::STATUS | rflags::FIXED | ah | (self.status & 1) << 11
     }
 
@@ -466,7 +475,13 @@ mod tests {
     #[test]
     fn rflags_survive_the_split_into_status_and_system_flags() {
         let mut state = State::new();
-        for value in [0x2, 0xed7, 0x246, 0x3202, rflags::STATUS | rflags::FIXED | rflags::DF] {
+        for value in [
+            0x2,
+            0xed7,
+            0x246,
+            0x3202,
+            rflags::STATUS | rflags::FIXED | rflags::DF,
+        ] {
             state.set_rflags(value);
             assert_eq!(state.rflags(), value | rflags::FIXED);
         }

@@ -7,18 +7,20 @@
 
 use std::ops::Range;
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
     Package, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace as RegisterSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 
 use crate::ioapic::IOAPIC_BASE;
 use crate::lapic::LAPIC_BASE;
@@ -76,7 +78,11 @@ pub fn tables(platform: &Platform, address: u64) -> Vec<u8> {
         at
     };
     let dsdt = place(dsdt(platform));
-    let described = [bytes(&fadt(dsdt)), bytes(&madt(platform.cpus)), bytes(&mcfg(platform))];
+    let described = [
+        bytes(&fadt(dsdt)),
+        bytes(&madt(platform.cpus)),
+        bytes(&mcfg(platform)),
+    ];
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in described {
         xsdt.add_entry(place(table));
@@ -132,8 +138,14 @@ fn mcfg(platform: &Platform) -> MCFG {
 }
 
 fn dsdt(platform: &Platform) -> Vec<u8> {
-    let mut dsdt =
-        Sdt::new(*b"DSDT", 36, DSDT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut dsdt = Sdt::new(
+        *b"DSDT",
+        36,
+        DSDT_REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
     let mut aml = Vec::new();
     let sleep_type = Package::new(vec![&SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
     aml.extend(bytes(&Name::new(Path::new("_S5_"), &sleep_type)));
@@ -155,7 +167,11 @@ fn device(name: &str, id: &str, resources: Vec<&dyn Aml>) -> Vec<u8> {
 
 fn system_bus(platform: &Platform) -> Vec<u8> {
     let mut scope = pci_host(platform);
-    let ecam = Memory32Fixed::new(true, platform.pci_ecam as u32, platform.pci_ecam_size as u32);
+    let ecam = Memory32Fixed::new(
+        true,
+        platform.pci_ecam as u32,
+        platform.pci_ecam_size as u32,
+    );
     // Linux believes in memory-mapped configuration only where it is reserved.
     scope.extend(device("MBRD", "PNP0C02", vec![&ecam]));
     let com1 = IO::new(COM1_PORT, COM1_PORT, 1, SERIAL_PORTS as u8);
@@ -243,8 +259,13 @@ mod tests {
     /// RSDP to XSDT to the table with `signature`.
     fn find<'a>(image: &'a [u8], signature: &[u8; 4]) -> &'a [u8] {
         let xsdt = table(image, u64_at(image, 24));
-        let entries = xsdt[36..].chunks(8).map(|entry| table(image, u64_at(entry, 0)));
-        entries.into_iter().find(|table| table[..4] == *signature).unwrap()
+        let entries = xsdt[36..]
+            .chunks(8)
+            .map(|entry| table(image, u64_at(entry, 0)));
+        entries
+            .into_iter()
+            .find(|table| table[..4] == *signature)
+            .unwrap()
     }
 
     #[test]
@@ -268,7 +289,10 @@ mod tests {
         let flags = u32_at(fadt, 112);
         assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
         // Reset register: I/O space, 8 bits, port 0xcf9, value 6.
-        assert_eq!((fadt[116], fadt[117], u64_at(fadt, 120), fadt[128]), (1, 8, 0xcf9, 6));
+        assert_eq!(
+            (fadt[116], fadt[117], u64_at(fadt, 120), fadt[128]),
+            (1, 8, 0xcf9, 6)
+        );
         // Sleep control and status.
         assert_eq!((fadt[244], u64_at(fadt, 248)), (1, 0x600));
         assert_eq!((fadt[256], u64_at(fadt, 260)), (1, 0x601));

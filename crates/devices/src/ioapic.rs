@@ -79,7 +79,12 @@ impl IoApic {
     /// The state after reset: all pins masked.
     pub fn new() -> Self {
         let table = [Redirection::MASKED.bits(); PINS as usize];
-        Self { id: 0, select: 0, table, lines: 0 }
+        Self {
+            id: 0,
+            select: 0,
+            table,
+            lines: 0,
+        }
     }
 
     /// A load, `offset` bytes into the MMIO page.
@@ -98,11 +103,15 @@ impl IoApic {
     /// A store, `offset` bytes into the MMIO page. A write can unmask a pin that is
     /// asserted, or end an interrupt whose line still is: then there are messages.
     pub fn mmio_write(&mut self, offset: u64, data: &[u8]) -> Vec<Message> {
-        let Some(&low) = data.first() else { return Vec::new() };
+        let Some(&low) = data.first() else {
+            return Vec::new();
+        };
         match offset {
             SELECT => self.select = low,
             WINDOW => {
-                let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return Vec::new() };
+                let Ok(value) = data.try_into().map(u32::from_le_bytes) else {
+                    return Vec::new();
+                };
                 return self.write_register(value).into_iter().collect();
             }
             EOI => return self.end_of_interrupt(low),
@@ -146,7 +155,11 @@ impl IoApic {
             new &= !Redirection::REMOTE_IRR.bits();
         }
         self.table[pin] = new;
-        if self.is_asserted(pin) { self.raise_level(pin) } else { None }
+        if self.is_asserted(pin) {
+            self.raise_level(pin)
+        } else {
+            None
+        }
     }
 
     fn is_asserted(&self, pin: usize) -> bool {
@@ -242,7 +255,13 @@ mod tests {
     }
 
     fn message(vector: u8, level: bool) -> Message {
-        Message { destination: 2, logical: false, delivery_mode: 0, vector, level }
+        Message {
+            destination: 2,
+            logical: false,
+            delivery_mode: 0,
+            vector,
+            level,
+        }
     }
 
     #[test]
@@ -320,7 +339,10 @@ mod tests {
         let mut ioapic = with_pin(9, LEVEL | 0x41);
         ioapic.set_line(9, true);
 
-        assert_eq!(ioapic.mmio_write(EOI, &[0x41, 0, 0, 0]), [message(0x41, true)]);
+        assert_eq!(
+            ioapic.mmio_write(EOI, &[0x41, 0, 0, 0]),
+            [message(0x41, true)]
+        );
     }
 
     #[test]

@@ -217,10 +217,12 @@ impl Lapic {
         if inside + data.len() > 4 {
             return;
         }
-        let value = self.read((register & 0xff0) as u32, now).unwrap_or_else(|_| {
-            self.error(Esr::ILLEGAL_REGISTER);
-            0
-        });
+        let value = self
+            .read((register & 0xff0) as u32, now)
+            .unwrap_or_else(|_| {
+                self.error(Esr::ILLEGAL_REGISTER);
+                0
+            });
         data.copy_from_slice(&value.to_le_bytes()[inside..inside + data.len()]);
     }
 
@@ -366,7 +368,8 @@ impl Lapic {
             offset::LVT_TIMER..=offset::LVT_ERROR => self.write_lvt(register, value, now),
             offset::INITIAL_COUNT => {
                 self.advance(now);
-                self.timer.set_initial_count(self.lvt[Lvt::TIMER], value, now);
+                self.timer
+                    .set_initial_count(self.lvt[Lvt::TIMER], value, now);
             }
             offset::DIVIDE => {
                 self.advance(now);
@@ -374,7 +377,10 @@ impl Lapic {
             }
             offset::SELF_IPI => {
                 let delivery = Delivery::Fixed(value as u8);
-                return Ok(Action::Ipi(Ipi { target: Target::Sender, delivery }));
+                return Ok(Action::Ipi(Ipi {
+                    target: Target::Sender,
+                    delivery,
+                }));
             }
             _ => return Err(GeneralProtection),
         }
@@ -383,7 +389,11 @@ impl Lapic {
 
     fn write_lvt(&mut self, register: u32, value: u32, now: u64) {
         let index = Lvt::index(register);
-        let forced = if self.spurious & SVR_ENABLE == 0 { Lvt::MASKED } else { 0 };
+        let forced = if self.spurious & SVR_ENABLE == 0 {
+            Lvt::MASKED
+        } else {
+            0
+        };
         if index == Lvt::TIMER {
             self.advance(now);
             self.timer.mode_written(self.lvt[index], value);
@@ -411,7 +421,11 @@ impl Lapic {
             self.error(Esr::SEND_ILLEGAL_VECTOR);
             return Action::None;
         }
-        let destination = if self.x2apic() { icr.high() } else { icr.high() >> 24 };
+        let destination = if self.x2apic() {
+            icr.high()
+        } else {
+            icr.high() >> 24
+        };
         let broadcast = if self.x2apic() { u32::MAX } else { 0xff };
         let target = match icr.shorthand() {
             1 => Target::Sender,
@@ -497,13 +511,23 @@ impl Lapic {
     /// §11.8.3.1: the higher class of the task priority and what is in service.
     fn processor_priority(&self) -> u8 {
         let in_service = self.in_service.highest().unwrap_or(0) & 0xf0;
-        if self.task_priority & 0xf0 >= in_service { self.task_priority } else { in_service }
+        if self.task_priority & 0xf0 >= in_service {
+            self.task_priority
+        } else {
+            in_service
+        }
     }
 
     fn end_of_interrupt(&mut self) -> Action {
-        let Some(vector) = self.in_service.highest() else { return Action::None };
+        let Some(vector) = self.in_service.highest() else {
+            return Action::None;
+        };
         self.in_service.set(vector, false);
-        if self.level.get(vector) { Action::Eoi(vector) } else { Action::None }
+        if self.level.get(vector) {
+            Action::Eoi(vector)
+        } else {
+            Action::None
+        }
     }
 
     fn error(&mut self, error: Esr) {
@@ -528,7 +552,11 @@ impl Lapic {
     /// The TSC at which the timer next raises an interrupt; `None` if it is not armed or
     /// masked.
     pub fn next_timer(&self) -> Option<u64> {
-        if self.lvt[Lvt::TIMER] & Lvt::MASKED != 0 { None } else { self.timer.deadline() }
+        if self.lvt[Lvt::TIMER] & Lvt::MASKED != 0 {
+            None
+        } else {
+            self.timer.deadline()
+        }
     }
 }
 

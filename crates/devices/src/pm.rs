@@ -98,7 +98,10 @@ mod tests {
 
         assert_eq!(pm.write(SLEEP_PORT, 5 << 2), None);
         assert_eq!(pm.write(SLEEP_PORT, 3 << 2 | SLEEP_ENABLE), None);
-        assert_eq!(pm.write(SLEEP_PORT, 5 << 2 | SLEEP_ENABLE), Some(Request::PowerOff));
+        assert_eq!(
+            pm.write(SLEEP_PORT, 5 << 2 | SLEEP_ENABLE),
+            Some(Request::PowerOff)
+        );
     }
 
     #[test]

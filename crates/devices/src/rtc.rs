@@ -73,7 +73,11 @@ impl Rtc {
         let mut memory = [0; 128];
         memory[usize::from(STATUS_A)] = STATUS_A_DEFAULT;
         memory[usize::from(STATUS_B)] = HOUR_24;
-        Self { index: 0, memory, offset: 0 }
+        Self {
+            index: 0,
+            memory,
+            offset: 0,
+        }
     }
 
     /// `IN` from port 0x70 (`register` 0) or 0x71 (1). `now` is the time since the Unix
@@ -227,7 +231,9 @@ fn date(seconds: i64) -> Date {
     while days_from_civil(year, 1, 1) > days {
         year -= 1;
     }
-    let month = (1..=12).rfind(|month| days_from_civil(year, *month, 1) <= days).unwrap_or(1);
+    let month = (1..=12)
+        .rfind(|month| days_from_civil(year, *month, 1) <= days)
+        .unwrap_or(1);
     Date {
         second: (second % 60) as u8,
         minute: (second / 60 % 60) as u8,
@@ -286,7 +292,10 @@ mod tests {
         assert_eq!(get(&mut rtc, HOURS, LEAP_DAY), 0x91);
         let midnight = LEAP_DAY + Duration::from_secs(2);
         assert_eq!(get(&mut rtc, HOURS, midnight), 0x12);
-        assert_eq!(get(&mut rtc, HOURS, midnight + Duration::from_secs(12 * 3600)), 0x92);
+        assert_eq!(
+            get(&mut rtc, HOURS, midnight + Duration::from_secs(12 * 3600)),
+            0x92
+        );
     }
 
     #[test]
@@ -335,7 +344,13 @@ mod tests {
     #[test]
     fn dates_over_four_centuries_convert_there_and_back() {
         for day in (0..160_000).step_by(13) {
-            let Date { day: d, month, year, century, .. } = date(day * 86400);
+            let Date {
+                day: d,
+                month,
+                year,
+                century,
+                ..
+            } = date(day * 86400);
             let year = i64::from(century) * 100 + i64::from(year);
             assert_eq!(days_from_civil(year, month.into(), d.into()), day);
         }

@@ -216,7 +216,11 @@ impl Serial {
             // Reading it as the source is what clears it.
             self.transmitter_pending = false;
         }
-        let fifos = if self.fcr.contains(Fcr::ENABLE) { FIFOS_ENABLED } else { 0 };
+        let fifos = if self.fcr.contains(Fcr::ENABLE) {
+            FIFOS_ENABLED
+        } else {
+            0
+        };
         cause as u8 | fifos
     }
 
@@ -231,8 +235,10 @@ impl Serial {
         self.fcr = value & !(Fcr::CLEAR_RECEIVE | Fcr::CLEAR_TRANSMIT);
     }
 
-    const DELTAS: Msr =
-        Msr::DELTA_CTS.union(Msr::DELTA_DSR).union(Msr::TRAILING_RI).union(Msr::DELTA_DCD);
+    const DELTAS: Msr = Msr::DELTA_CTS
+        .union(Msr::DELTA_DSR)
+        .union(Msr::TRAILING_RI)
+        .union(Msr::DELTA_DCD);
 
     /// In loopback mode the four outputs are the four inputs.
     fn write_modem_control(&mut self, value: Mcr) {
@@ -251,12 +257,24 @@ impl Serial {
         };
         let changed = (self.msr ^ lines) & !Self::DELTAS;
         self.msr = self.msr & Self::DELTAS | lines;
-        self.msr.set(Msr::DELTA_CTS, self.msr.contains(Msr::DELTA_CTS) || changed.contains(Msr::CTS));
-        self.msr.set(Msr::DELTA_DSR, self.msr.contains(Msr::DELTA_DSR) || changed.contains(Msr::DSR));
-        self.msr.set(Msr::DELTA_DCD, self.msr.contains(Msr::DELTA_DCD) || changed.contains(Msr::DCD));
+        self.msr.set(
+            Msr::DELTA_CTS,
+            self.msr.contains(Msr::DELTA_CTS) || changed.contains(Msr::CTS),
+        );
+        self.msr.set(
+            Msr::DELTA_DSR,
+            self.msr.contains(Msr::DELTA_DSR) || changed.contains(Msr::DSR),
+        );
+        self.msr.set(
+            Msr::DELTA_DCD,
+            self.msr.contains(Msr::DELTA_DCD) || changed.contains(Msr::DCD),
+        );
         // RI counts when it falls.
         let fell = changed.contains(Msr::RI) && !lines.contains(Msr::RI);
-        self.msr.set(Msr::TRAILING_RI, self.msr.contains(Msr::TRAILING_RI) || fell);
+        self.msr.set(
+            Msr::TRAILING_RI,
+            self.msr.contains(Msr::TRAILING_RI) || fell,
+        );
     }
 
     fn line_status(&self) -> Lsr {
@@ -310,7 +328,11 @@ impl Serial {
     }
 
     fn capacity(&self) -> usize {
-        if self.fcr.contains(Fcr::ENABLE) { FIFO_SIZE } else { 1 }
+        if self.fcr.contains(Fcr::ENABLE) {
+            FIFO_SIZE
+        } else {
+            1
+        }
     }
 
     /// Bytes arrive on the line. Returns how many were taken.

@@ -104,7 +104,9 @@ impl Xsave {
 
 impl std::fmt::Debug for Xsave {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Xsave").field("mxcsr", &self.mxcsr()).finish_non_exhaustive()
+        f.debug_struct("Xsave")
+            .field("mxcsr", &self.mxcsr())
+            .finish_non_exhaustive()
     }
 }
 
@@ -177,8 +179,14 @@ pub struct Changes {
 
 impl Changes {
     /// No change.
-    pub const NONE: Self =
-        Self { count: 0, hash: 0, lines: [Line { address: 0, bytes: [0; LINE] }; LINE_MAX] };
+    pub const NONE: Self = Self {
+        count: 0,
+        hash: 0,
+        lines: [Line {
+            address: 0,
+            bytes: [0; LINE],
+        }; LINE_MAX],
+    };
 
     /// The lines that were recorded.
     pub fn recorded(&self) -> &[Line] {
@@ -188,7 +196,9 @@ impl Changes {
 
 impl std::fmt::Debug for Changes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Changes").field("count", &self.count).finish_non_exhaustive()
+        f.debug_struct("Changes")
+            .field("count", &self.count)
+            .finish_non_exhaustive()
     }
 }
 

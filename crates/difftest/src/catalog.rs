@@ -155,10 +155,16 @@ fn is_excluded(code: Code) -> bool {
         // load a segment register
         Mnemonic::Lss | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lds | Mnemonic::Les => true,
         Mnemonic::Mov => {
-            matches!(code, Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16)
+            matches!(
+                code,
+                Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16
+            )
         }
         Mnemonic::Pop => {
-            matches!(code, Code::Popw_FS | Code::Popq_FS | Code::Popw_GS | Code::Popq_GS)
+            matches!(
+                code,
+                Code::Popw_FS | Code::Popq_FS | Code::Popw_GS | Code::Popq_GS
+            )
         }
         // the forms with a WAIT in front are two instructions
         _ => code.op_code().fwait(),

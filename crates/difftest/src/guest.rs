@@ -17,9 +17,7 @@ use strata_cpu::{Bus, Cpu, Exit, Waker};
 use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
 use crate::case::{Case, End, Outcome, has_error_code};
-use crate::layout::{
-    self, Access, CODE_SELECTOR, FS_BASE, GS_BASE, PAGE, PAGES, STACK_SELECTOR,
-};
+use crate::layout::{self, Access, CODE_SELECTOR, FS_BASE, GS_BASE, PAGE, PAGES, STACK_SELECTOR};
 use crate::pages::{self, Store};
 
 const PAGE_BYTES: usize = PAGE as usize;
@@ -81,9 +79,19 @@ impl Guest {
         set_mode(&mut cpu, cr3);
         cpu.reset_translations();
         let stop = Arc::new(AtomicBool::new(false));
-        let bus = TestBus { stop: Arc::clone(&stop), waker: cpu.waker(), hit: Cell::new(false) };
+        let bus = TestBus {
+            stop: Arc::clone(&stop),
+            waker: cpu.waker(),
+            hit: Cell::new(false),
+        };
         let watchdog = Watchdog::start(stop, cpu.waker());
-        Ok(Self { cpu, bus, pages: GuestPages { memory }, pristine, watchdog })
+        Ok(Self {
+            cpu,
+            bus,
+            pages: GuestPages { memory },
+            pristine,
+            watchdog,
+        })
     }
 
     /// Runs one case. The text says what went wrong where it did not end in an exception.
@@ -137,15 +145,26 @@ impl Guest {
     fn record(&mut self, outcome: &mut Outcome) {
         let state = self.cpu.state();
         let handler = state.rip.wrapping_sub(SYSTEM_LINEAR + HANDLERS) / HANDLER_SIZE;
-        let mut frame = state.gpr[4].wrapping_sub(SYSTEM_LINEAR).wrapping_add(SYSTEM);
+        let mut frame = state.gpr[4]
+            .wrapping_sub(SYSTEM_LINEAR)
+            .wrapping_add(SYSTEM);
         let mut pop = || {
-            let value = self.pages.memory.ram().read_obj::<u64>(GuestAddress(frame)).unwrap_or(0);
+            let value = self
+                .pages
+                .memory
+                .ram()
+                .read_obj::<u64>(GuestAddress(frame))
+                .unwrap_or(0);
             frame = frame.wrapping_add(8);
             value
         };
         outcome.end = End::Exception;
         outcome.vector = handler as u32;
-        outcome.error_code = if has_error_code(outcome.vector) { pop() } else { 0 };
+        outcome.error_code = if has_error_code(outcome.vector) {
+            pop()
+        } else {
+            0
+        };
         outcome.registers.gpr = state.gpr;
         outcome.registers.rip = pop();
         let _cs = pop();
@@ -167,8 +186,14 @@ fn set_mode(cpu: &mut Cpu, cr3: u64) {
     state.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::FSGSBASE | cr4::OSXSAVE;
     state.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
     state.xcr0 = 7;
-    state.gdtr = DescriptorTable { base: SYSTEM_LINEAR + GDT, limit: TSS as u16 - 1 };
-    state.idtr = DescriptorTable { base: SYSTEM_LINEAR + IDT, limit: PAGE as u16 - 1 };
+    state.gdtr = DescriptorTable {
+        base: SYSTEM_LINEAR + GDT,
+        limit: TSS as u16 - 1,
+    };
+    state.idtr = DescriptorTable {
+        base: SYSTEM_LINEAR + IDT,
+        limit: PAGE as u16 - 1,
+    };
     // a busy 64-bit TSS
     state.tr = Segment {
         base: SYSTEM_LINEAR + TSS,
@@ -179,7 +204,12 @@ fn set_mode(cpu: &mut Cpu, cr3: u64) {
 }
 
 fn ring_3_segments() -> [Segment; 6] {
-    let flat = |selector, attributes| Segment { base: 0, limit: u32::MAX, selector, attributes };
+    let flat = |selector, attributes| Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        attributes,
+    };
     let mut segments = [flat(0, 0xc0f3); 6];
     segments[segment::CS] = flat(CODE_SELECTOR, 0xa0fb);
     segments[segment::SS] = flat(STACK_SELECTOR, 0xc0f3);
@@ -192,9 +222,15 @@ fn build(memory: &GuestMemory, pristine: &[[u8; PAGE_BYTES]]) -> Option<u64> {
     const USER: u64 = 0x65; // P, U, A, D
     const WRITABLE: u64 = 2;
     const NO_EXECUTE: u64 = 1 << 63;
-    let mut tables = Tables { memory, next: TABLES + PAGE };
+    let mut tables = Tables {
+        memory,
+        next: TABLES + PAGE,
+    };
     for page in 0..SYSTEM_PAGES {
-        tables.map(SYSTEM_LINEAR + page * PAGE, SYSTEM + page * PAGE | SUPERVISOR)?;
+        tables.map(
+            SYSTEM_LINEAR + page * PAGE,
+            SYSTEM + page * PAGE | SUPERVISOR,
+        )?;
     }
     for (index, &(linear, access)) in PAGES.iter().enumerate() {
         let rights = match access {
@@ -204,7 +240,10 @@ fn build(memory: &GuestMemory, pristine: &[[u8; PAGE_BYTES]]) -> Option<u64> {
         };
         tables.map(linear, test_page(index) | rights)?;
         let contents = pristine.get(index)?;
-        memory.ram().write_slice(contents, GuestAddress(test_page(index))).ok()?;
+        memory
+            .ram()
+            .write_slice(contents, GuestAddress(test_page(index)))
+            .ok()?;
     }
     write_descriptors(memory)?;
     write_handlers(memory)?;
@@ -244,7 +283,10 @@ impl Tables<'_> {
 
 fn write_descriptors(memory: &GuestMemory) -> Option<()> {
     let put = |offset: u64, value: u64| {
-        memory.ram().write_obj(value, GuestAddress(SYSTEM + offset)).ok()
+        memory
+            .ram()
+            .write_obj(value, GuestAddress(SYSTEM + offset))
+            .ok()
     };
     put(GDT + u64::from(KERNEL_CODE_SELECTOR), 0x00af_9b00_0000_ffff)?;
     put(GDT + u64::from(STACK_SELECTOR & !7), 0x00cf_f300_0000_ffff)?;
@@ -255,8 +297,14 @@ fn write_descriptors(memory: &GuestMemory) -> Option<()> {
     put(GDT + u64::from(TSS_SELECTOR) + 8, tss >> 32)?;
     // RSP0; and an I/O map base beyond the limit: no port is allowed
     let stack = SYSTEM_LINEAR + HANDLER_STACK + PAGE;
-    memory.ram().write_obj(stack, GuestAddress(SYSTEM + TSS + 4)).ok()?;
-    memory.ram().write_obj(104_u16, GuestAddress(SYSTEM + TSS + 102)).ok()
+    memory
+        .ram()
+        .write_obj(stack, GuestAddress(SYSTEM + TSS + 4))
+        .ok()?;
+    memory
+        .ram()
+        .write_obj(104_u16, GuestAddress(SYSTEM + TSS + 102))
+        .ok()
 }
 
 fn write_handlers(memory: &GuestMemory) -> Option<()> {
@@ -264,7 +312,10 @@ fn write_handlers(memory: &GuestMemory) -> Option<()> {
         let offset = HANDLERS + vector * HANDLER_SIZE;
         // OUT 0xe0, AL; and should that not stop the CPU, JMP to itself
         let code = [0xe6, PORT as u8, 0xeb, 0xfe];
-        memory.ram().write_slice(&code, GuestAddress(SYSTEM + offset)).ok()?;
+        memory
+            .ram()
+            .write_slice(&code, GuestAddress(SYSTEM + offset))
+            .ok()?;
         let address = SYSTEM_LINEAR + offset;
         // #BP and #OF may be raised by software in ring 3
         let rights = if matches!(vector, 3 | 4) { 0xee } else { 0x8e };
@@ -274,7 +325,10 @@ fn write_handlers(memory: &GuestMemory) -> Option<()> {
             | (address >> 16 & 0xffff) << 48;
         let gate = GuestAddress(SYSTEM + IDT + 16 * vector);
         memory.ram().write_obj(low, gate).ok()?;
-        memory.ram().write_obj(address >> 32, GuestAddress(gate.0 + 8)).ok()?;
+        memory
+            .ram()
+            .write_obj(address >> 32, GuestAddress(gate.0 + 8))
+            .ok()?;
     }
     Some(())
 }
@@ -286,7 +340,10 @@ struct GuestPages {
 
 impl Store for GuestPages {
     fn page(&self, index: usize) -> &[u8; PAGE_BYTES] {
-        let page = self.memory.host_ptr(test_page(index), PAGE).unwrap_or_else(|| unreachable!());
+        let page = self
+            .memory
+            .host_ptr(test_page(index), PAGE)
+            .unwrap_or_else(|| unreachable!());
         // SAFETY: a page of RAM that stays mapped as long as `self.memory`; the CPU, the
         // only other user, does not run while the harness looks.
         unsafe { &*page.cast::<[u8; PAGE_BYTES]>() }
@@ -374,7 +431,11 @@ impl Watchdog {
             while !watched.quit.load(Ordering::Relaxed) {
                 std::thread::park_timeout(Duration::from_millis(WATCHDOG_MILLISECONDS));
                 let turns = watched.turns.load(Ordering::SeqCst);
-                same = if turns == last && turns % 2 == 1 { same + 1 } else { 0 };
+                same = if turns == last && turns % 2 == 1 {
+                    same + 1
+                } else {
+                    0
+                };
                 last = turns;
                 if same >= 2 {
                     stop.store(true, Ordering::SeqCst);
@@ -382,7 +443,10 @@ impl Watchdog {
                 }
             }
         });
-        Self { shared, thread: Some(thread) }
+        Self {
+            shared,
+            thread: Some(thread),
+        }
     }
 
     fn begin(&self) {

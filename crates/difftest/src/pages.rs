@@ -65,7 +65,12 @@ pub(crate) fn take_changes(
 
 fn hash_line(start: u64, line: &[u8; LINE]) -> u64 {
     line.chunks_exact(8).fold(start, |hash, chunk| {
-        let word = chunk.iter().rev().fold(0, |word, &b| word << 8 | u64::from(b));
-        (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+        let word = chunk
+            .iter()
+            .rev()
+            .fold(0, |word, &b| word << 8 | u64::from(b));
+        (hash ^ word)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(29)
     })
 }

@@ -37,7 +37,10 @@ pub struct Item {
 
 impl From<Instruction> for Item {
     fn from(instruction: Instruction) -> Self {
-        Self { body: Body::Instruction(instruction), target: None }
+        Self {
+            body: Body::Instruction(instruction),
+            target: None,
+        }
     }
 }
 
@@ -132,7 +135,9 @@ impl Program {
         shorter.items.remove(index);
         let moved = |target: usize| if target > index { target - 1 } else { target };
         for item in &mut shorter.items {
-            item.target = item.target.map(|(reference, target)| (reference, moved(target)));
+            item.target = item
+                .target
+                .map(|(reference, target)| (reference, moved(target)));
         }
         for fixup in &mut shorter.fixups {
             fixup.target = moved(fixup.target);
@@ -145,7 +150,11 @@ impl Program {
 pub(crate) fn word_patch(address: u64, value: u64) -> Patch {
     let mut bytes = [0; PATCH_SIZE];
     bytes[..8].copy_from_slice(&value.to_le_bytes());
-    Patch { address, length: 8, bytes }
+    Patch {
+        address,
+        length: 8,
+        bytes,
+    }
 }
 
 fn push_patch(case: &mut Case, patch: Patch) -> Option<()> {
@@ -180,7 +189,9 @@ pub(crate) fn encode(
 /// The instructions of a case as the decoder sees them, in order of their addresses.
 pub fn decode(case: &Case) -> Vec<Instruction> {
     let code = &case.code[..(case.code_length as usize).saturating_sub(1)];
-    Decoder::with_ip(64, code, case.code_address, DecoderOptions::NONE).iter().collect()
+    Decoder::with_ip(64, code, case.code_address, DecoderOptions::NONE)
+        .iter()
+        .collect()
 }
 
 /// One line of disassembly.

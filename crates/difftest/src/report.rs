@@ -9,7 +9,11 @@ use crate::runner::{Mismatch, Summary};
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "=== case {} (seen {} times): {}", self.index, self.seen, self.kind)?;
+        writeln!(
+            f,
+            "=== case {} (seen {} times): {}",
+            self.index, self.seen, self.kind
+        )?;
         write_code(f, &self.case)?;
         write_state(f, &self.case)?;
         for line in &self.difference.lines {
@@ -27,7 +31,13 @@ fn write_code(f: &mut fmt::Formatter<'_>, case: &Case) -> fmt::Result {
     for instruction in decode(case) {
         let start = (instruction.ip() - case.code_address) as usize;
         let bytes = &case.code[start..start + instruction.len()];
-        writeln!(f, "  {:#x}  {:<30}  {}", instruction.ip(), hex(bytes), format(&instruction))?;
+        writeln!(
+            f,
+            "  {:#x}  {:<30}  {}",
+            instruction.ip(),
+            hex(bytes),
+            format(&instruction)
+        )?;
     }
     Ok(())
 }

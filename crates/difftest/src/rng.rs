@@ -14,7 +14,10 @@ impl Rng<'static> {
     /// A source that depends on `seed` and `stream` alone. Different streams of one seed are
     /// unrelated, so that case N can be made again without the N - 1 cases before it.
     pub fn new(seed: u64, stream: u64) -> Self {
-        Self { state: mix(seed ^ mix(stream.wrapping_add(0x9e37_79b9_7f4a_7c15))), bytes: &[] }
+        Self {
+            state: mix(seed ^ mix(stream.wrapping_add(0x9e37_79b9_7f4a_7c15))),
+            bytes: &[],
+        }
     }
 }
 

@@ -121,7 +121,12 @@ impl Pair {
     pub fn new(options: Options) -> Result<Self, Error> {
         // the host's process first: it must not inherit the CPU's signal handlers
         let native = Native::new()?;
-        Ok(Self { native, guest: Guest::new()?, options, outcomes: Vec::new() })
+        Ok(Self {
+            native,
+            guest: Guest::new()?,
+            options,
+            outcomes: Vec::new(),
+        })
     }
 
     fn on_host(&mut self, case: &Case) -> Result<Outcome, Error> {
@@ -133,7 +138,11 @@ impl Pair {
     /// Runs one case on both. None where they agree, or the host has no answer.
     pub fn check(&mut self, index: u64, case: &Case) -> Result<Option<Mismatch>, Error> {
         let host = self.on_host(case)?;
-        Ok(if self.has_answer(&host) { self.against(index, case, &host) } else { None })
+        Ok(if self.has_answer(&host) {
+            self.against(index, case, &host)
+        } else {
+            None
+        })
     }
 
     /// Whether the host's outcome is one to compare with.
@@ -164,7 +173,12 @@ impl Pair {
 
     /// The smallest mismatch that `program` can be brought down to; None if the host does
     /// not give the same answer twice.
-    fn reduce(&mut self, index: u64, program: &Program, found: Mismatch) -> Result<Option<Mismatch>, Error> {
+    fn reduce(
+        &mut self,
+        index: u64,
+        program: &Program,
+        found: Mismatch,
+    ) -> Result<Option<Mismatch>, Error> {
         let again = self.on_host(&found.case)?;
         if compare(&found.case, &found.host, &again, NAMES, true).is_some() {
             return Ok(None);
@@ -172,13 +186,15 @@ impl Pair {
         let mut failure = None;
         let smallest = shrink(program, |candidate| {
             failure.is_none()
-                && candidate.assemble().is_some_and(|case| match self.check(index, &case) {
-                    Ok(mismatch) => mismatch.is_some(),
-                    Err(error) => {
-                        failure = Some(error);
-                        false
-                    }
-                })
+                && candidate
+                    .assemble()
+                    .is_some_and(|case| match self.check(index, &case) {
+                        Ok(mismatch) => mismatch.is_some(),
+                        Err(error) => {
+                            failure = Some(error);
+                            false
+                        }
+                    })
         });
         if let Some(error) = failure {
             return Err(error);
@@ -195,17 +211,34 @@ impl Pair {
 /// What tells one mismatch from another: the instructions and what they got wrong.
 fn kind(case: &Case, host: &Outcome, difference: &Difference) -> String {
     let instructions = decode(case);
-    let culprit = instructions.iter().find(|i| i.ip() == host.registers.rip && host.vector != 3);
+    let culprit = instructions
+        .iter()
+        .find(|i| i.ip() == host.registers.rip && host.vector != 3);
     let mut names: Vec<String> = if instructions.len() > 4 {
-        instructions.iter().last().map(|i| format!("{:?}", i.code())).into_iter().collect()
+        instructions
+            .iter()
+            .last()
+            .map(|i| format!("{:?}", i.code()))
+            .into_iter()
+            .collect()
     } else {
-        instructions.iter().map(|i| format!("{:?}", i.code())).collect()
+        instructions
+            .iter()
+            .map(|i| format!("{:?}", i.code()))
+            .collect()
     };
     if let Some(culprit) = culprit {
         names = vec![format!("{:?}", culprit.code())];
     }
-    let first = difference.lines.first().map_or("", |l| l.split(':').next().unwrap_or(""));
-    let what = if first.starts_with('[') { "memory" } else { first };
+    let first = difference
+        .lines
+        .first()
+        .map_or("", |l| l.split(':').next().unwrap_or(""));
+    let what = if first.starts_with('[') {
+        "memory"
+    } else {
+        first
+    };
     let what = what.trim_end_matches(|c: char| c.is_ascii_digit());
     format!("{} #{} {what}", names.join("; "), host.vector)
 }
@@ -238,7 +271,9 @@ pub fn run(options: &Options) -> Result<Summary, Error> {
                 eprintln!("case {index}");
             }
             summary.compared += 1;
-            let Some(found) = pair.against(index, case, host) else { continue };
+            let Some(found) = pair.against(index, case, host) else {
+                continue;
+            };
             if let Some(&known) = kinds.get(&found.kind) {
                 summary.mismatches[known].seen += 1;
                 continue;

@@ -40,7 +40,11 @@ fn try_replace(
 fn simplify_state(best: &mut Program, differs: &mut impl FnMut(&Program) -> bool) {
     let initial = Xsave::initial();
     try_replace(best, |p| p.xsave = initial, differs);
-    try_replace(best, |p| p.xsave.0[..MXCSR_OFFSET].copy_from_slice(&initial.0[..MXCSR_OFFSET]), differs);
+    try_replace(
+        best,
+        |p| p.xsave.0[..MXCSR_OFFSET].copy_from_slice(&initial.0[..MXCSR_OFFSET]),
+        differs,
+    );
     try_replace(
         best,
         |p| p.xsave.0[MXCSR_OFFSET..MXCSR_OFFSET + 4].copy_from_slice(&0x1f80_u32.to_le_bytes()),
@@ -53,7 +57,11 @@ fn simplify_state(best: &mut Program, differs: &mut impl FnMut(&Program) -> bool
         try_replace(best, |p| p.xsave.set_ymm(register, &[0; 32]), differs);
         try_replace(best, |p| p.registers.gpr[register] = 0, differs);
     }
-    try_replace(best, |p| p.registers.rflags = rflags::FIXED | rflags::IF, differs);
+    try_replace(
+        best,
+        |p| p.registers.rflags = rflags::FIXED | rflags::IF,
+        differs,
+    );
     for bit in (0..22).filter(|bit| (rflags::FIXED | rflags::IF) >> bit & 1 == 0) {
         try_replace(best, |p| p.registers.rflags &= !(1 << bit), differs);
     }

@@ -15,9 +15,14 @@ const SEED: u64 = 0x0dac_1e00;
 
 #[test]
 fn the_host_gives_the_same_answer_twice() {
-    let cases: u64 =
-        std::env::var("STRATA_DIFF_CASES").ok().and_then(|v| v.parse().ok()).unwrap_or(20_000);
-    let seed: u64 = std::env::var("STRATA_DIFF_SEED").ok().and_then(|v| v.parse().ok()).unwrap_or(SEED);
+    let cases: u64 = std::env::var("STRATA_DIFF_CASES")
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(20_000);
+    let seed: u64 = std::env::var("STRATA_DIFF_SEED")
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(SEED);
     let catalog = Catalog::shared();
     let mut native = Native::new().unwrap();
     let (mut first, mut second) = (Vec::<Outcome>::new(), Vec::<Outcome>::new());
@@ -42,8 +47,16 @@ fn the_host_gives_the_same_answer_twice() {
             };
             match a.end {
                 End::Exception => vectors[a.vector as usize % 32] += 1,
-                End::Timeout => {timeouts += 1; eprintln!("timeout {}", start+index as u64); show();}
-                End::Lost => {lost += 1; eprintln!("lost {}", start+index as u64); show();}
+                End::Timeout => {
+                    timeouts += 1;
+                    eprintln!("timeout {}", start + index as u64);
+                    show();
+                }
+                End::Lost => {
+                    lost += 1;
+                    eprintln!("lost {}", start + index as u64);
+                    show();
+                }
             }
             if let Some(difference) = compare(case, a, b, Names("first", "second"), true) {
                 eprintln!("case {}: {:?}", start + index as u64, difference.lines);
@@ -52,6 +65,9 @@ fn the_host_gives_the_same_answer_twice() {
             }
         }
     }
-    eprintln!("lost {lost}, timeouts {timeouts}, vectors {vectors:?} gen {t_gen:?} native {t_nat:?} codes {}", catalog.codes().len());
+    eprintln!(
+        "lost {lost}, timeouts {timeouts}, vectors {vectors:?} gen {t_gen:?} native {t_nat:?} codes {}",
+        catalog.codes().len()
+    );
     assert_eq!(differing, 0);
 }

@@ -24,7 +24,12 @@ impl SoftCpu {
 }
 
 fn segment_out(s: &strata_cpu::state::Segment) -> Segment {
-    Segment { selector: s.selector, base: s.base, limit: s.limit, attributes: s.attributes }
+    Segment {
+        selector: s.selector,
+        base: s.base,
+        limit: s.limit,
+        attributes: s.attributes,
+    }
 }
 
 fn segment_in(s: &Segment) -> strata_cpu::state::Segment {
@@ -64,8 +69,14 @@ impl Processor for SoftCpu {
             segments,
             ldtr: segment_out(&s.ldtr),
             tr: segment_out(&s.tr),
-            gdtr: DescriptorTable { base: s.gdtr.base, limit: s.gdtr.limit },
-            idtr: DescriptorTable { base: s.idtr.base, limit: s.idtr.limit },
+            gdtr: DescriptorTable {
+                base: s.gdtr.base,
+                limit: s.gdtr.limit,
+            },
+            idtr: DescriptorTable {
+                base: s.idtr.base,
+                limit: s.idtr.limit,
+            },
             cr0: s.cr0,
             cr2: s.cr2,
             cr3: s.cr3,
@@ -77,7 +88,20 @@ impl Processor for SoftCpu {
 
     fn set_registers(&mut self, registers: &Registers) -> Result<(), Error> {
         let Registers {
-            gpr, rip, rflags, segments, ldtr, tr, gdtr, idtr, cr0, cr2, cr3, cr4, efer, kernel_gs_base,
+            gpr,
+            rip,
+            rflags,
+            segments,
+            ldtr,
+            tr,
+            gdtr,
+            idtr,
+            cr0,
+            cr2,
+            cr3,
+            cr4,
+            efer,
+            kernel_gs_base,
         } = registers;
         let s = self.0.state_mut();
         s.gpr = *gpr;
@@ -88,8 +112,14 @@ impl Processor for SoftCpu {
         s.gs_base = segments[GS].base;
         s.ldtr = segment_in(ldtr);
         s.tr = segment_in(tr);
-        s.gdtr = strata_cpu::state::DescriptorTable { base: gdtr.base, limit: gdtr.limit };
-        s.idtr = strata_cpu::state::DescriptorTable { base: idtr.base, limit: idtr.limit };
+        s.gdtr = strata_cpu::state::DescriptorTable {
+            base: gdtr.base,
+            limit: gdtr.limit,
+        };
+        s.idtr = strata_cpu::state::DescriptorTable {
+            base: idtr.base,
+            limit: idtr.limit,
+        };
         s.cr0 = *cr0;
         s.cr2 = *cr2;
         s.cr3 = *cr3;

@@ -44,7 +44,10 @@ impl CodeMap {
     pub(crate) fn new(ranges: &[(u64, u64)]) -> Self {
         let words = |size: u64| (0..size / PAGE_SIZE).map(|_| AtomicU64::new(0)).collect();
         Self {
-            regions: ranges.iter().map(|&(start, size)| (start, words(size))).collect(),
+            regions: ranges
+                .iter()
+                .map(|&(start, size)| (start, words(size)))
+                .collect(),
             listener: OnceLock::new(),
         }
     }
@@ -78,7 +81,8 @@ impl CodeMap {
     /// Whether the page of `address` holds any translated code.
     #[inline]
     pub fn page_has_code(&self, address: u64) -> bool {
-        self.word(address).is_some_and(|w| w.load(Ordering::SeqCst) != 0)
+        self.word(address)
+            .is_some_and(|w| w.load(Ordering::SeqCst) != 0)
     }
 
     /// Forgets all code in the page of `address`.
@@ -122,7 +126,7 @@ impl CodeTracker {
     }
 }
 
-impl<'a> WithBitmapSlice<'a> for CodeTracker {
+impl WithBitmapSlice<'_> for CodeTracker {
     type S = Self;
 }
 
@@ -130,7 +134,8 @@ impl BitmapSlice for CodeTracker {}
 
 impl Bitmap for CodeTracker {
     fn mark_dirty(&self, offset: usize, len: usize) {
-        self.code.device_wrote(self.start + offset as u64, len as u64);
+        self.code
+            .device_wrote(self.start + offset as u64, len as u64);
     }
 
     fn dirty_at(&self, _offset: usize) -> bool {
@@ -138,7 +143,10 @@ impl Bitmap for CodeTracker {
     }
 
     fn slice_at(&self, offset: usize) -> Self {
-        Self { code: Arc::clone(&self.code), start: self.start + offset as u64 }
+        Self {
+            code: Arc::clone(&self.code),
+            start: self.start + offset as u64,
+        }
     }
 }
 
@@ -176,10 +184,16 @@ mod tests {
         memory.code().set_listener(Box::new(log));
         memory.code().mark(0x1040, 10);
 
-        memory.ram().write_slice(&[1; 64], GuestAddress(0x1000)).unwrap();
+        memory
+            .ram()
+            .write_slice(&[1; 64], GuestAddress(0x1000))
+            .unwrap();
         assert!(seen.lock().unwrap().is_empty());
 
-        memory.ram().write_slice(&[1; 0x1000], GuestAddress(0x0800)).unwrap();
+        memory
+            .ram()
+            .write_slice(&[1; 0x1000], GuestAddress(0x0800))
+            .unwrap();
         assert_eq!(*seen.lock().unwrap(), [(0x1000, 0x800)]);
     }
 }

@@ -19,9 +19,11 @@ use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 pub use code::{CodeMap, CodeTracker, CodeWriteListener, GRANULE_SIZE};
-pub use vm_memory::{self, Address, Bytes, GuestAddress};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+pub use vm_memory::{self, Address, Bytes, GuestAddress};
+use vm_memory::{
+    FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// The guest memory type that virtqueue code works on.
 pub type Ram = GuestMemoryMmap<CodeTracker>;
@@ -87,8 +89,13 @@ impl GuestMemory {
         if size > low {
             layout.push((MMIO_HOLE_END, size - low, low));
         }
-        let code = Arc::new(CodeMap::new(&layout.iter().map(|l| (l.0, l.1)).collect::<Vec<_>>()));
-        let map_error = |e: &dyn std::fmt::Display| Error::Map { size, reason: e.to_string() };
+        let code = Arc::new(CodeMap::new(
+            &layout.iter().map(|l| (l.0, l.1)).collect::<Vec<_>>(),
+        ));
+        let map_error = |e: &dyn std::fmt::Display| Error::Map {
+            size,
+            reason: e.to_string(),
+        };
         let mut mapped = Vec::new();
         for &(start, length, offset) in &layout {
             let tracker = CodeTracker::new(Arc::clone(&code), start);
@@ -105,9 +112,18 @@ impl GuestMemory {
         let ram = Ram::from_regions(mapped).map_err(|e| map_error(&e))?;
         let regions = ram
             .iter()
-            .map(|r| Region { start: r.start_addr().0, size: r.len(), host: r.as_ptr() as usize })
+            .map(|r| Region {
+                start: r.start_addr().0,
+                size: r.len(),
+                host: r.as_ptr() as usize,
+            })
             .collect();
-        Ok(Self { ram, regions, code, size })
+        Ok(Self {
+            ram,
+            regions,
+            code,
+            size,
+        })
     }
 
     /// The view that device models and virtqueues work on.
@@ -163,7 +179,10 @@ mod tests {
     fn memory_above_three_gib_continues_above_four() {
         let memory = GuestMemory::new(MMIO_HOLE_START + 0x2000).unwrap();
 
-        assert_eq!(memory.ranges(), [(0, MMIO_HOLE_START), (MMIO_HOLE_END, 0x2000)]);
+        assert_eq!(
+            memory.ranges(),
+            [(0, MMIO_HOLE_START), (MMIO_HOLE_END, 0x2000)]
+        );
         assert!(memory.host_ptr(MMIO_HOLE_START, 1).is_none());
         assert!(memory.host_ptr(MMIO_HOLE_END + 0x1fff, 1).is_some());
         assert!(memory.host_ptr(MMIO_HOLE_END + 0x1fff, 2).is_none());
@@ -173,7 +192,10 @@ mod tests {
     fn device_writes_and_host_pointers_see_the_same_bytes() {
         let memory = GuestMemory::new(0x10000).unwrap();
 
-        memory.ram().write_obj(0x1122_3344_u32, GuestAddress(0x8000)).unwrap();
+        memory
+            .ram()
+            .write_obj(0x1122_3344_u32, GuestAddress(0x8000))
+            .unwrap();
 
         let ptr = memory.host_ptr(0x8000, 4).unwrap().cast::<u32>();
         // SAFETY: `ptr` points at four mapped, aligned bytes of `memory`, which is alive.

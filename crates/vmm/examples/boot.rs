@@ -6,9 +6,7 @@ use std::io;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use strata_vmm::{
-    Accel, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole,
-};
+use strata_vmm::{Accel, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole};
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -17,8 +15,14 @@ fn main() -> ExitCode {
         eprintln!("usage: boot KERNEL INITRD|- COMMAND-LINE [MEMORY-MIB] [DISK]...");
         return ExitCode::FAILURE;
     };
-    let memory: u64 = args.next().and_then(|text| text.parse().ok()).unwrap_or(512);
-    let disk = |path: String| DiskConfig { path: path.into(), read_only: false };
+    let memory: u64 = args
+        .next()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(512);
+    let disk = |path: String| DiskConfig {
+        path: path.into(),
+        read_only: false,
+    };
     let initrd = match initrd.as_str() {
         "-" => Vec::new(),
         path => vec![InitrdPart::File(path.into())],
@@ -54,5 +58,9 @@ fn main() -> ExitCode {
     let start = Instant::now();
     let outcome = machine.run();
     eprintln!("boot: {outcome:?} after {:?}", start.elapsed());
-    if outcome == Outcome::PowerOff { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if outcome == Outcome::PowerOff {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

@@ -33,7 +33,10 @@ impl std::fmt::Debug for Buses {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let ports: Vec<_> = self.ports.iter().map(|(range, _)| range).collect();
         let mmio: Vec<_> = self.mmio.iter().map(|(range, _)| range).collect();
-        f.debug_struct("Buses").field("ports", &ports).field("mmio", &mmio).finish()
+        f.debug_struct("Buses")
+            .field("ports", &ports)
+            .field("mmio", &mmio)
+            .finish()
     }
 }
 
@@ -41,8 +44,14 @@ impl std::fmt::Debug for Buses {
 /// guest's, so an overlap is a mistake in this crate.
 fn insert<A: Ord + Copy, D>(list: &mut Vec<(Range<A>, D)>, range: Range<A>, device: D) {
     let at = list.partition_point(|(other, _)| other.start < range.start);
-    debug_assert!(at == 0 || list[at - 1].0.end <= range.start, "overlapping devices");
-    debug_assert!(at == list.len() || range.end <= list[at].0.start, "overlapping devices");
+    debug_assert!(
+        at == 0 || list[at - 1].0.end <= range.start,
+        "overlapping devices"
+    );
+    debug_assert!(
+        at == list.len() || range.end <= list[at].0.start,
+        "overlapping devices"
+    );
     list.insert(at, (range, device));
 }
 
@@ -153,6 +162,9 @@ mod tests {
             data[1]
         };
 
-        assert_eq!([0xfff, 0x1000, 0x1fff, 0x2000, 0xf000].map(read), [2, 1, 1, 2, 0xff]);
+        assert_eq!(
+            [0xfff, 0x1000, 0x1fff, 0x2000, 0xf000].map(read),
+            [2, 1, 1, 2, 0xff]
+        );
     }
 }

@@ -1,8 +1,8 @@
 //! The glue of the chipset's devices to the buses: locks, the time of day, and what comes
 //! of a guest's requests to end.
 
-use std::sync::Mutex;
 use std::sync::Arc;
+use std::sync::Mutex;
 
 use strata_devices::ioapic::{IOAPIC_BASE, IOAPIC_SIZE};
 use strata_devices::pm::{self, PowerManagement, Request};
@@ -23,7 +23,9 @@ struct RtcPorts(Mutex<Rtc>);
 
 impl PortDevice for RtcPorts {
     fn port_read(&self, port: u16, _size: u8) -> u32 {
-        lock(&self.0).read((port - RTC_PORT) as u8, time_of_day()).into()
+        lock(&self.0)
+            .read((port - RTC_PORT) as u8, time_of_day())
+            .into()
     }
 
     fn port_write(&self, port: u16, _size: u8, value: u32) {
@@ -121,29 +123,47 @@ pub(crate) struct Parts {
 
 /// Puts every device of the machine where the guest finds it.
 pub(crate) fn buses(parts: Parts) -> Buses {
-    let Parts { clock, ending, interrupts, serial, pci } = parts;
+    let Parts {
+        clock,
+        ending,
+        interrupts,
+        serial,
+        pci,
+    } = parts;
     let rtc = Arc::new(RtcPorts(Mutex::new(Rtc::new())));
     let power = Arc::new(PowerPorts {
         power: Mutex::new(PowerManagement::new()),
         clock,
         ending: Arc::clone(&ending),
     });
-    let pvpanic = Arc::new(PvPanicPort { ending, serial: Arc::clone(&serial) });
+    let pvpanic = Arc::new(PvPanicPort {
+        ending,
+        serial: Arc::clone(&serial),
+    });
 
     let mut buses = Buses::default();
     buses.add_ports(pm::KEYBOARD_PORT..pm::KEYBOARD_PORT + 1, power.clone());
     buses.add_ports(RTC_PORT..RTC_PORT + rtc::PORTS, rtc);
     buses.add_ports(COM1_PORT..COM1_PORT + serial::PORTS, serial);
     buses.add_ports(PVPANIC_PORT..PVPANIC_PORT + 1, pvpanic);
-    buses.add_ports(pm::SLEEP_PORT..pm::SLEEP_PORT + pm::SLEEP_PORTS, power.clone());
+    buses.add_ports(
+        pm::SLEEP_PORT..pm::SLEEP_PORT + pm::SLEEP_PORTS,
+        power.clone(),
+    );
     buses.add_ports(pm::TIMER_PORT..pm::TIMER_PORT + 4, power.clone());
     // The reset register lies between PCI's two configuration ports.
     buses.add_ports(0xcf8..pm::RESET_PORT, pci.clone());
     buses.add_ports(pm::RESET_PORT..pm::RESET_PORT + 1, power);
     buses.add_ports(pm::RESET_PORT + 1..0xd00, pci.clone());
 
-    buses.add_mmio(IOAPIC_BASE..IOAPIC_BASE + IOAPIC_SIZE, Arc::new(IoApicMmio(interrupts)));
-    buses.add_mmio(layout::PCI_WINDOW.start..layout::PCI_WINDOW.end, pci.clone());
+    buses.add_mmio(
+        IOAPIC_BASE..IOAPIC_BASE + IOAPIC_SIZE,
+        Arc::new(IoApicMmio(interrupts)),
+    );
+    buses.add_mmio(
+        layout::PCI_WINDOW.start..layout::PCI_WINDOW.end,
+        pci.clone(),
+    );
     // BARs that the guest has moved, and ECAM.
     buses.set_rest(pci);
     buses

@@ -20,7 +20,9 @@ pub(crate) fn tsc() -> u64 {
 
 /// The time since the Unix epoch.
 pub(crate) fn time_of_day() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
 }
 
 /// A machine's clock, which begins when the machine does.
@@ -71,17 +73,31 @@ impl Sample {
             let before = tsc();
             let time = Instant::now();
             let after = tsc();
-            (after.wrapping_sub(before), Self { tsc: before + (after - before) / 2, time })
+            (
+                after.wrapping_sub(before),
+                Self {
+                    tsc: before + (after - before) / 2,
+                    time,
+                },
+            )
         };
         let best = (0..8).map(reading).min_by_key(|(width, _)| *width);
-        best.map_or_else(|| Self { tsc: tsc(), time: Instant::now() }, |(_, sample)| sample)
+        best.map_or_else(
+            || Self {
+                tsc: tsc(),
+                time: Instant::now(),
+            },
+            |(_, sample)| sample,
+        )
     }
 }
 
 impl Calibration {
     /// Begins to measure.
     pub(crate) fn start() -> Self {
-        Self { start: Sample::take() }
+        Self {
+            start: Sample::take(),
+        }
     }
 
     /// The TSC's frequency in kHz.
@@ -128,18 +144,27 @@ mod tests {
     #[test]
     fn the_calibrated_tsc_agrees_with_the_hosts_clock() {
         let tsc_khz = Calibration::start().finish();
-        let clock = Clock { tsc_khz, start_tsc: tsc() };
+        let clock = Clock {
+            tsc_khz,
+            start_tsc: tsc(),
+        };
         let start = Instant::now();
         sleep(Duration::from_millis(20));
 
         let (by_tsc, by_host) = (clock.now().as_secs_f64(), start.elapsed().as_secs_f64());
 
-        assert!((by_tsc / by_host - 1.0).abs() < 0.05, "{by_tsc} against {by_host}");
+        assert!(
+            (by_tsc / by_host - 1.0).abs() < 0.05,
+            "{by_tsc} against {by_host}"
+        );
     }
 
     #[test]
     fn ticks_convert_to_time_at_the_frequency() {
-        let clock = Clock { tsc_khz: 2_500_000, start_tsc: 1000 };
+        let clock = Clock {
+            tsc_khz: 2_500_000,
+            start_tsc: 1000,
+        };
 
         assert_eq!(clock.at(1000 + 2_500_000_000), Duration::from_secs(1));
         assert_eq!(clock.at(0), Duration::ZERO);

@@ -67,7 +67,9 @@ pub struct SerialConsole {
 impl std::fmt::Debug for SerialConsole {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let input = self.input.is_some();
-        f.debug_struct("SerialConsole").field("input", &input).finish_non_exhaustive()
+        f.debug_struct("SerialConsole")
+            .field("input", &input)
+            .finish_non_exhaustive()
     }
 }
 
@@ -83,6 +85,8 @@ pub struct ConsolePort {
 
 impl std::fmt::Debug for ConsolePort {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConsolePort").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("ConsolePort")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
     }
 }

@@ -61,14 +61,19 @@ impl Output {
     }
 
     fn wait<'a>(&self, queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
-        self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner)
+        self.changed
+            .wait(queue)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts the thread that writes to `sink`.
     pub(crate) fn start(self: &Arc<Self>, sink: Box<dyn Write + Send>) -> io::Result<()> {
         let output = Arc::clone(self);
         let body = move || output.run(sink);
-        thread::Builder::new().name("serial-out".into()).spawn(body).map(drop)
+        thread::Builder::new()
+            .name("serial-out".into())
+            .spawn(body)
+            .map(drop)
     }
 
     fn run(&self, mut sink: Box<dyn Write + Send>) {
@@ -160,7 +165,13 @@ impl SerialPort {
             watch: Some(PanicWatch::default()),
             closed: false,
         };
-        Self { port: Mutex::new(port), room: Condvar::new(), output, interrupts, ending }
+        Self {
+            port: Mutex::new(port),
+            room: Condvar::new(),
+            output,
+            interrupts,
+            ending,
+        }
     }
 
     /// Tells a changed interrupt line. Under the port's lock, so that changes stay in order.
@@ -191,13 +202,13 @@ impl SerialPort {
 
     /// Starts the thread that reads from `source`. It lives until the source ends, or the
     /// first thing it reads after [`SerialPort::close`].
-    pub(crate) fn start_input(
-        self: &Arc<Self>,
-        source: Box<dyn Read + Send>,
-    ) -> io::Result<()> {
+    pub(crate) fn start_input(self: &Arc<Self>, source: Box<dyn Read + Send>) -> io::Result<()> {
         let port = Arc::clone(self);
         let body = move || port.read_from(source);
-        thread::Builder::new().name("serial-in".into()).spawn(body).map(drop)
+        thread::Builder::new()
+            .name("serial-in".into())
+            .spawn(body)
+            .map(drop)
     }
 
     fn read_from(&self, mut source: Box<dyn Read + Send>) {
@@ -265,7 +276,10 @@ impl PortDevice for SerialPort {
             self.room.notify_all();
         }
         let Some(byte) = sent else { return };
-        let sight = state.watch.as_mut().map_or(Sight::Nothing, |watch| watch.see(byte));
+        let sight = state
+            .watch
+            .as_mut()
+            .map_or(Sight::Nothing, |watch| watch.see(byte));
         // Sending may have to wait for the host.
         drop(state);
         self.send(byte, sight);
@@ -317,12 +331,20 @@ mod tests {
     fn port(sink: Box<dyn Write + Send>) -> Arc<SerialPort> {
         let output = Arc::new(Output::default());
         output.start(sink).unwrap();
-        let interrupts = Interrupts::new(1, &Clock { tsc_khz: 1_000_000, start_tsc: 0 });
+        let interrupts = Interrupts::new(
+            1,
+            &Clock {
+                tsc_khz: 1_000_000,
+                start_tsc: 0,
+            },
+        );
         Arc::new(SerialPort::new(output, interrupts, Arc::default()))
     }
 
     fn send(port: &SerialPort, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| port.port_write(COM1_PORT, 1, (*byte).into()));
+        bytes
+            .iter()
+            .for_each(|byte| port.port_write(COM1_PORT, 1, (*byte).into()));
     }
 
     fn finish(port: &SerialPort) {
@@ -386,7 +408,8 @@ mod tests {
     fn input_longer_than_the_fifo_arrives_whole() {
         let port = port(Box::new(io::sink()));
         let text: Vec<u8> = (0..10_000_u32).map(|i| (i % 251) as u8).collect();
-        port.start_input(Box::new(io::Cursor::new(text.clone()))).unwrap();
+        port.start_input(Box::new(io::Cursor::new(text.clone())))
+            .unwrap();
         port.port_write(FCR, 1, 0x81);
         port.port_write(IER, 1, 1);
 

@@ -60,8 +60,10 @@ impl Ending {
         if state.outcome.is_some() {
             return;
         }
-        let went_down =
-            matches!(outcome, Outcome::PowerOff | Outcome::Reset | Outcome::TripleFault);
+        let went_down = matches!(
+            outcome,
+            Outcome::PowerOff | Outcome::Reset | Outcome::TripleFault
+        );
         let panicked = went_down && state.panic != Panic::None;
         state.outcome = Some(if panicked { Outcome::Panic } else { outcome });
         self.changed.notify_all();
@@ -117,7 +119,10 @@ impl Ending {
                 return outcome.clone();
             }
             let Some(panicked_at) = state.panicked_at else {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let last = state.last_output.unwrap_or(panicked_at).max(panicked_at);

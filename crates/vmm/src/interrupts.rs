@@ -37,7 +37,9 @@ pub struct Interrupts(Arc<Inner>);
 
 impl std::fmt::Debug for Interrupts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Interrupts").field("vcpus", &self.0.vcpus.len()).finish_non_exhaustive()
+        f.debug_struct("Interrupts")
+            .field("vcpus", &self.0.vcpus.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -48,7 +50,10 @@ impl Interrupts {
             wake: OnceLock::new(),
         };
         let vcpus = (0..vcpus).map(vcpu).collect();
-        Self(Arc::new(Inner { vcpus, ioapic: Mutex::new(IoApic::new()) }))
+        Self(Arc::new(Inner {
+            vcpus,
+            ioapic: Mutex::new(IoApic::new()),
+        }))
     }
 
     /// Delivers a message-signalled interrupt: a write of `data` to `address`.
@@ -95,7 +100,11 @@ impl Interrupts {
             Delivery::Fixed(vector) => (vector, false),
             Delivery::LowestPriority(vector) => (vector, true),
             Delivery::Nmi | Delivery::Init | Delivery::Startup(_) => {
-                tracing::debug!(?target, ?delivery, "interrupt message of a kind not delivered");
+                tracing::debug!(
+                    ?target,
+                    ?delivery,
+                    "interrupt message of a kind not delivered"
+                );
                 return;
             }
         };
@@ -121,13 +130,21 @@ impl Interrupts {
             Action::None => {}
             Action::Eoi(vector) => {
                 let messages = lock(&self.0.ioapic).end_of_interrupt(vector);
-                messages.iter().for_each(|message| self.deliver_message(message));
+                messages
+                    .iter()
+                    .for_each(|message| self.deliver_message(message));
             }
-            Action::Ipi(Ipi { target: Target::Sender, delivery: Delivery::Fixed(vector) }) => {
+            Action::Ipi(Ipi {
+                target: Target::Sender,
+                delivery: Delivery::Fixed(vector),
+            }) => {
                 self.with_lapic(sender, |lapic| lapic.accept(vector, false));
                 self.wake(sender);
             }
-            Action::Ipi(Ipi { target: Target::Others, delivery: Delivery::Fixed(vector) }) => {
+            Action::Ipi(Ipi {
+                target: Target::Others,
+                delivery: Delivery::Fixed(vector),
+            }) => {
                 let others = (0..self.0.vcpus.len()).filter(|index| *index != sender);
                 for index in others {
                     if self.with_lapic(index, |lapic| lapic.accept(vector, false)) == Some(true) {
@@ -153,7 +170,9 @@ impl Interrupts {
     /// A store to the I/O APIC's MMIO page.
     pub(crate) fn ioapic_write(&self, offset: u64, data: &[u8]) {
         let messages = lock(&self.0.ioapic).mmio_write(offset, data);
-        messages.iter().for_each(|message| self.deliver_message(message));
+        messages
+            .iter()
+            .for_each(|message| self.deliver_message(message));
     }
 
     /// Sets how vCPU `index` is woken. The first caller wins.
@@ -196,7 +215,10 @@ mod tests {
 
     use super::*;
 
-    const CLOCK: Clock = Clock { tsc_khz: 1_000_000, start_tsc: 0 };
+    const CLOCK: Clock = Clock {
+        tsc_khz: 1_000_000,
+        start_tsc: 0,
+    };
     const SVR: u64 = 0xf0;
 
     /// Two vCPUs with enabled local APICs, and how often each was woken.
@@ -215,7 +237,9 @@ mod tests {
     }
 
     fn pending(interrupts: &Interrupts, index: usize) -> Option<u8> {
-        interrupts.with_lapic(index, |lapic| lapic.pending_vector(0)).unwrap()
+        interrupts
+            .with_lapic(index, |lapic| lapic.pending_vector(0))
+            .unwrap()
     }
 
     fn counts(woken: &[Arc<AtomicU32>; 2]) -> [u32; 2] {
@@ -228,7 +252,10 @@ mod tests {
 
         interrupts.deliver_msi(0xfee0_1000, 0x45);
 
-        assert_eq!((pending(&interrupts, 0), pending(&interrupts, 1)), (None, Some(0x45)));
+        assert_eq!(
+            (pending(&interrupts, 0), pending(&interrupts, 1)),
+            (None, Some(0x45))
+        );
         assert_eq!(counts(&woken), [0, 1]);
     }
 
@@ -240,7 +267,10 @@ mod tests {
         interrupts.deliver_msi(0x1_fee0_0000, 0x46);
         interrupts.deliver_msi(0, 0x46);
 
-        assert_eq!((pending(&interrupts, 0), pending(&interrupts, 1)), (Some(0x45), Some(0x45)));
+        assert_eq!(
+            (pending(&interrupts, 0), pending(&interrupts, 1)),
+            (Some(0x45), Some(0x45))
+        );
         assert_eq!(counts(&woken), [1, 1]);
     }
 
@@ -259,25 +289,39 @@ mod tests {
         interrupts.ioapic_write(0, &[0x10 + 2 * 9]);
         interrupts.ioapic_write(0x10, &(1_u32 << 15 | 0x51).to_le_bytes());
         interrupts.set_line(9, true);
-        let take = || interrupts.with_lapic(0, |lapic| lapic.acknowledge(0)).unwrap();
+        let take = || {
+            interrupts
+                .with_lapic(0, |lapic| lapic.acknowledge(0))
+                .unwrap()
+        };
         assert_eq!(take(), Some(0x51));
 
-        interrupts.with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0)).map(|a| interrupts.act(0, a));
+        interrupts
+            .with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0))
+            .map(|a| interrupts.act(0, a));
         assert_eq!(take(), Some(0x51));
 
         interrupts.set_line(9, false);
-        interrupts.with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0)).map(|a| interrupts.act(0, a));
+        interrupts
+            .with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0))
+            .map(|a| interrupts.act(0, a));
         assert_eq!(take(), None);
     }
 
     #[test]
     fn an_ipi_to_the_others_leaves_the_sender_out() {
         let (interrupts, woken) = two();
-        let ipi = Ipi { target: Target::Others, delivery: Delivery::Fixed(0x60) };
+        let ipi = Ipi {
+            target: Target::Others,
+            delivery: Delivery::Fixed(0x60),
+        };
 
         interrupts.act(1, Action::Ipi(ipi));
 
-        assert_eq!((pending(&interrupts, 0), pending(&interrupts, 1)), (Some(0x60), None));
+        assert_eq!(
+            (pending(&interrupts, 0), pending(&interrupts, 1)),
+            (Some(0x60), None)
+        );
         assert_eq!(counts(&woken), [1, 0]);
     }
 }

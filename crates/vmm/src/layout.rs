@@ -34,7 +34,10 @@ pub(crate) const PCI_WINDOW_64_SIZE: u64 = 64 << 30;
 
 /// The PCI bus's place.
 pub(crate) fn pci() -> PciLayout {
-    PciLayout { ecam: PCI_ECAM, window: PCI_WINDOW }
+    PciLayout {
+        ecam: PCI_ECAM,
+        window: PCI_WINDOW,
+    }
 }
 
 /// The 64-bit PCI window of a machine with `memory` bytes of RAM.

@@ -37,7 +37,9 @@ pub struct Machine {
 
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Machine").field("cpus", &self.cpus).finish_non_exhaustive()
+        f.debug_struct("Machine")
+            .field("cpus", &self.cpus)
+            .finish_non_exhaustive()
     }
 }
 
@@ -49,7 +51,9 @@ pub struct Control {
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Control").field("over", &self.ending.is_over()).finish()
+        f.debug_struct("Control")
+            .field("over", &self.ending.is_over())
+            .finish()
     }
 }
 
@@ -89,15 +93,21 @@ impl Machine {
         if cpus != 1 {
             return Err(Error::Cpus(cpus));
         }
-        let source =
-            boot::Source { kernel: &kernel, initrd: &initrd, command_line: &command_line, cpus };
+        let source = boot::Source {
+            kernel: &kernel,
+            initrd: &initrd,
+            command_line: &command_line,
+            cpus,
+        };
         let loaded = Loaded::read(&source, size)?;
-        let memory =
-            GuestMemory::new(size).map_err(|source| Error::Memory { size, source })?;
+        let memory = GuestMemory::new(size).map_err(|source| Error::Memory { size, source })?;
         let registers = loaded.install(&memory)?;
         drop(loaded);
 
-        let clock = Clock { tsc_khz: calibration.finish(), start_tsc: tsc() };
+        let clock = Clock {
+            tsc_khz: calibration.finish(),
+            start_tsc: tsc(),
+        };
         let interrupts = Interrupts::new(cpus, &clock);
         let sink = Arc::new(interrupts.clone());
         let mut devices = Devices::new(memory.clone(), sink, layout::pci(), cpus)?;
@@ -106,7 +116,11 @@ impl Machine {
         }
         devices.add_entropy()?;
         if !ports.is_empty() {
-            let port = |p: crate::ConsolePort| Port { name: p.name, input: p.input, output: p.output };
+            let port = |p: crate::ConsolePort| Port {
+                name: p.name,
+                input: p.input,
+                output: p.output,
+            };
             devices.add_console(ports.into_iter().map(port).collect())?;
         }
 
@@ -123,7 +137,15 @@ impl Machine {
         });
         let timers = Timers::new(cpus);
         let stop = AtomicBool::new(false);
-        let shared = Shared { memory, buses, interrupts, timers, clock, ending, stop };
+        let shared = Shared {
+            memory,
+            buses,
+            interrupts,
+            timers,
+            clock,
+            ending,
+            stop,
+        };
         output.start(console.output).map_err(Error::Thread)?;
         let machine = Self {
             shared: Arc::new(shared),
@@ -141,7 +163,9 @@ impl Machine {
 
     /// A handle that stops the machine.
     pub fn control(&self) -> Control {
-        Control { ending: Arc::clone(&self.shared.ending) }
+        Control {
+            ending: Arc::clone(&self.shared.ending),
+        }
     }
 
     /// Runs the machine until it ends. All its output is written when this returns, unless
@@ -174,12 +198,20 @@ impl Machine {
     /// Starts the timer and the vCPUs.
     fn start(&self) -> Result<Vec<JoinHandle<()>>, String> {
         let failed = |error| format!("cannot start a thread for the machine: {error}");
-        let Shared { timers, clock, interrupts, .. } = &*self.shared;
+        let Shared {
+            timers,
+            clock,
+            interrupts,
+            ..
+        } = &*self.shared;
         timers.start(*clock, interrupts.clone()).map_err(failed)?;
         let start = |index: u8| {
             let (shared, factory) = (Arc::clone(&self.shared), Arc::clone(&self.factory));
             let body = move || vcpu::run(&shared, index.into(), &*factory);
-            thread::Builder::new().name(format!("vcpu{index}")).spawn(body).map_err(failed)
+            thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(body)
+                .map_err(failed)
         };
         (0..self.cpus).map(start).collect()
     }
@@ -188,13 +220,19 @@ impl Machine {
 /// Ends the devices' threads, which first write what is left to their hosts. With a limit,
 /// threads that are held up longer are left to themselves.
 fn shut_down(mut devices: Devices, limit: Option<Duration>) {
-    let Some(limit) = limit else { return devices.shutdown() };
+    let Some(limit) = limit else {
+        return devices.shutdown();
+    };
     let (done, finished) = mpsc::channel();
     let body = move || {
         devices.shutdown();
         let _ = done.send(());
     };
-    if thread::Builder::new().name("shutdown".into()).spawn(body).is_ok() {
+    if thread::Builder::new()
+        .name("shutdown".into())
+        .spawn(body)
+        .is_ok()
+    {
         let _ = finished.recv_timeout(limit);
     }
 }

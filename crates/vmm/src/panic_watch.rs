@@ -47,7 +47,9 @@ impl PanicWatch {
 fn without_time_stamp(line: &[u8]) -> &[u8] {
     let line = line.strip_prefix(b"\r").unwrap_or(line);
     let stamp = |byte: &u8| byte.is_ascii_digit() || matches!(byte, b' ' | b'.');
-    let Some(rest) = line.strip_prefix(b"[") else { return line };
+    let Some(rest) = line.strip_prefix(b"[") else {
+        return line;
+    };
     let digits = rest.iter().take_while(|byte| stamp(byte)).count();
     rest[digits..].strip_prefix(b"] ").unwrap_or(line)
 }
@@ -58,7 +60,10 @@ mod tests {
 
     fn sights(text: &str) -> Vec<Sight> {
         let mut watch = PanicWatch::default();
-        text.bytes().map(|b| watch.see(b)).filter(|s| *s != Sight::Nothing).collect()
+        text.bytes()
+            .map(|b| watch.see(b))
+            .filter(|s| *s != Sight::Nothing)
+            .collect()
     }
 
     #[test]
@@ -72,7 +77,10 @@ mod tests {
     #[test]
     fn the_words_elsewhere_in_a_line_are_no_panic() {
         assert_eq!(sights("$ grep 'Kernel panic - not syncing' log\n"), []);
-        assert_eq!(sights("[x] Kernel panic - not syncing\n[1.0]Kernel panic - not syncing"), []);
+        assert_eq!(
+            sights("[x] Kernel panic - not syncing\n[1.0]Kernel panic - not syncing"),
+            []
+        );
         assert_eq!(sights(&format!("{}\n", "x".repeat(10_000))), []);
     }
 }

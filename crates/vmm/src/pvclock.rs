@@ -107,7 +107,11 @@ fn scale(tsc_khz: u64) -> (u32, i8) {
     // 1e9 / hertz as a fraction of 2^32, kept below 1.
     let fraction = |shift: i8| {
         let nanos = 1_000_000_000_u128 << 32;
-        if shift >= 0 { (nanos >> shift) / hertz } else { (nanos << -shift) / hertz }
+        if shift >= 0 {
+            (nanos >> shift) / hertz
+        } else {
+            (nanos << -shift) / hertz
+        }
     };
     while fraction(shift) > u128::from(u32::MAX) {
         shift += 1;
@@ -124,13 +128,19 @@ mod tests {
 
     /// As Linux's `pvclock_scale_delta` does it.
     fn to_nanos(ticks: u64, (multiplier, shift): (u32, i8)) -> u64 {
-        let ticks = if shift < 0 { ticks >> -shift } else { ticks << shift };
+        let ticks = if shift < 0 {
+            ticks >> -shift
+        } else {
+            ticks << shift
+        };
         (u128::from(ticks) * u128::from(multiplier) >> 32) as u64
     }
 
     #[test]
     fn an_hour_is_right_within_microseconds_at_every_frequency() {
-        for khz in [500_000, 999_999, 1_000_000, 1_000_001, 2_400_000, 2_650_137, 5_700_000] {
+        for khz in [
+            500_000, 999_999, 1_000_000, 1_000_001, 2_400_000, 2_650_137, 5_700_000,
+        ] {
             let nanos = to_nanos(khz * 1000 * 3600, scale(khz));
             let error = nanos.abs_diff(3_600_000_000_000);
             assert!(error < 2_000, "{khz} kHz: {error} ns");
@@ -139,7 +149,10 @@ mod tests {
 
     #[test]
     fn the_system_time_structure_is_laid_out_as_linux_reads_it() {
-        let clock = Clock { tsc_khz: 2_000_000, start_tsc: 1000 };
+        let clock = Clock {
+            tsc_khz: 2_000_000,
+            start_tsc: 1000,
+        };
 
         let bytes = system_time(&clock, 1000 + 2_000_000);
 
@@ -162,15 +175,36 @@ mod tests {
     #[test]
     fn an_address_outside_memory_is_refused_and_a_disabled_clock_is_not_written() {
         let memory = GuestMemory::new(0x2000).unwrap();
-        let clock = Clock { tsc_khz: 1_000_000, start_tsc: 0 };
+        let clock = Clock {
+            tsc_khz: 1_000_000,
+            start_tsc: 0,
+        };
         let mut pvclock = PvClock::default();
 
-        assert_eq!(pvclock.write(MSR_SYSTEM_TIME_NEW, 0x1ff1, &memory, &clock), None);
-        assert_eq!(pvclock.write(MSR_WALL_CLOCK_NEW, 0x2000, &memory, &clock), None);
+        assert_eq!(
+            pvclock.write(MSR_SYSTEM_TIME_NEW, 0x1ff1, &memory, &clock),
+            None
+        );
+        assert_eq!(
+            pvclock.write(MSR_WALL_CLOCK_NEW, 0x2000, &memory, &clock),
+            None
+        );
         assert_eq!(pvclock.read(MSR_SYSTEM_TIME_NEW), 0);
-        assert_eq!(pvclock.write(MSR_SYSTEM_TIME_NEW, 0x1000, &memory, &clock), Some(()));
-        assert_eq!(memory.ram().read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 0);
-        assert_eq!(pvclock.write(MSR_SYSTEM_TIME_NEW, 0x1001, &memory, &clock), Some(()));
-        assert_eq!(memory.ram().read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 2);
+        assert_eq!(
+            pvclock.write(MSR_SYSTEM_TIME_NEW, 0x1000, &memory, &clock),
+            Some(())
+        );
+        assert_eq!(
+            memory.ram().read_obj::<u32>(GuestAddress(0x1000)).unwrap(),
+            0
+        );
+        assert_eq!(
+            pvclock.write(MSR_SYSTEM_TIME_NEW, 0x1001, &memory, &clock),
+            Some(())
+        );
+        assert_eq!(
+            memory.ram().read_obj::<u32>(GuestAddress(0x1000)).unwrap(),
+            2
+        );
     }
 }

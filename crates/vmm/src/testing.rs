@@ -54,7 +54,8 @@ pub(crate) fn pack(data: &[u8], format: Format) -> Vec<u8> {
     let mut packed = match format {
         Format::None => return data.to_vec(),
         Format::Gzip => {
-            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            let mut encoder =
+                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
             encoder.write_all(data).unwrap();
             return encoder.finish().unwrap();
         }

@@ -42,7 +42,9 @@ impl Timers {
 
     /// vCPU `index` has its next deadline at this TSC, or none.
     pub(crate) fn arm(&self, index: usize, deadline: Option<u64>) {
-        let Some(slot) = self.0.deadlines.get(index) else { return };
+        let Some(slot) = self.0.deadlines.get(index) else {
+            return;
+        };
         let deadline = deadline.unwrap_or(NEVER);
         slot.store(deadline, Ordering::SeqCst);
         if deadline < self.0.planned.load(Ordering::SeqCst) {
@@ -53,13 +55,11 @@ impl Timers {
     }
 
     /// Starts the thread.
-    pub(crate) fn start(
-        &self,
-        clock: Clock,
-        interrupts: Interrupts,
-    ) -> io::Result<JoinHandle<()>> {
+    pub(crate) fn start(&self, clock: Clock, interrupts: Interrupts) -> io::Result<JoinHandle<()>> {
         let timers = self.clone();
-        thread::Builder::new().name("timer".into()).spawn(move || timers.run(&clock, &interrupts))
+        thread::Builder::new()
+            .name("timer".into())
+            .spawn(move || timers.run(&clock, &interrupts))
     }
 
     /// Ends the thread.
@@ -88,7 +88,10 @@ impl Timers {
                 continue;
             }
             ended = if next == NEVER {
-                self.0.changed.wait(ended).unwrap_or_else(PoisonError::into_inner)
+                self.0
+                    .changed
+                    .wait(ended)
+                    .unwrap_or_else(PoisonError::into_inner)
             } else {
                 let limit = clock.duration(next.saturating_sub(tsc()));
                 let waited = self.0.changed.wait_timeout(ended, limit);
@@ -98,7 +101,12 @@ impl Timers {
     }
 
     fn earliest(&self) -> u64 {
-        self.0.deadlines.iter().map(|d| d.load(Ordering::SeqCst)).min().unwrap_or(NEVER)
+        self.0
+            .deadlines
+            .iter()
+            .map(|d| d.load(Ordering::SeqCst))
+            .min()
+            .unwrap_or(NEVER)
     }
 }
 
@@ -120,7 +128,10 @@ mod tests {
     }
 
     fn running() -> Running {
-        let clock = Clock { tsc_khz: Calibration::start().finish(), start_tsc: tsc() };
+        let clock = Clock {
+            tsc_khz: Calibration::start().finish(),
+            start_tsc: tsc(),
+        };
         let interrupts = Interrupts::new(2, &clock);
         let (sender, woken) = mpsc::channel();
         for index in 0..2 {
@@ -129,7 +140,12 @@ mod tests {
         }
         let timers = Timers::new(2);
         let thread = timers.start(clock, interrupts).unwrap();
-        Running { timers, clock, woken, thread }
+        Running {
+            timers,
+            clock,
+            woken,
+            thread,
+        }
     }
 
     impl Running {
@@ -172,7 +188,12 @@ mod tests {
         running.timers.arm(0, Some(running.after_ms(10)));
         running.timers.arm(0, None);
 
-        assert!(running.woken.recv_timeout(Duration::from_millis(40)).is_err());
+        assert!(
+            running
+                .woken
+                .recv_timeout(Duration::from_millis(40))
+                .is_err()
+        );
         running.end();
     }
 

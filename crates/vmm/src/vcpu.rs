@@ -50,7 +50,11 @@ pub(crate) struct VcpuBus {
 
 impl VcpuBus {
     pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Self {
-        Self { shared, index, pvclock: Mutex::default() }
+        Self {
+            shared,
+            index,
+            pvclock: Mutex::default(),
+        }
     }
 
     fn lapic<T>(&self, f: impl FnOnce(&mut Lapic) -> T) -> Option<T> {
@@ -72,7 +76,9 @@ impl VcpuBus {
     }
 
     fn lapic_offset(&self, address: u64) -> Option<u64> {
-        let offset = address.checked_sub(LAPIC_BASE).filter(|offset| *offset < LAPIC_SIZE)?;
+        let offset = address
+            .checked_sub(LAPIC_BASE)
+            .filter(|offset| *offset < LAPIC_SIZE)?;
         self.lapic(|lapic| lapic.decodes_mmio())?.then_some(offset)
     }
 }
@@ -119,7 +125,9 @@ impl Bus for VcpuBus {
             MSR_APIC_BASE => self.with_timer(|lapic| lapic.set_base(value))?.ok(),
             MSR_TSC_DEADLINE => self.with_timer(|lapic| lapic.set_tsc_deadline(value, tsc())),
             MSR_X2APIC..=MSR_X2APIC_END => {
-                let action = self.with_timer(|lapic| lapic.msr_write(msr, value, tsc()))?.ok()?;
+                let action = self
+                    .with_timer(|lapic| lapic.msr_write(msr, value, tsc()))?
+                    .ok()?;
                 self.shared.interrupts.act(self.index, action);
                 Some(())
             }
@@ -133,7 +141,9 @@ impl Bus for VcpuBus {
 
     fn interrupt_pending(&self) -> bool {
         // A periodic timer rearms itself when it is found to have expired.
-        self.with_timer(|lapic| lapic.pending_vector(tsc())).flatten().is_some()
+        self.with_timer(|lapic| lapic.pending_vector(tsc()))
+            .flatten()
+            .is_some()
     }
 
     fn acknowledge_interrupt(&self) -> Option<u8> {
@@ -184,7 +194,9 @@ pub(crate) fn soft(registers: Registers) -> Box<Factory> {
             cpu.set_registers(&registers)?;
             Ok(cpu)
         };
-        make().map(|cpu| Box::new(cpu) as Box<dyn Vcpu>).map_err(|error| chain(&error))
+        make()
+            .map(|cpu| Box::new(cpu) as Box<dyn Vcpu>)
+            .map_err(|error| chain(&error))
     })
 }
 
@@ -205,7 +217,9 @@ struct Watchdog<'a>(&'a Ending);
 impl Drop for Watchdog<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.end(Outcome::Failed("a vCPU thread panicked; this is a bug".into()));
+            self.0.end(Outcome::Failed(
+                "a vCPU thread panicked; this is a bug".into(),
+            ));
         }
     }
 }
@@ -216,7 +230,9 @@ pub(crate) fn run(shared: &Arc<Shared>, index: usize, factory: &Factory) {
     let mut vcpu = match factory(shared, index as u32) {
         Ok(vcpu) => vcpu,
         Err(reason) => {
-            shared.ending.end(Outcome::Failed(format!("cannot make vCPU {index}: {reason}")));
+            shared.ending.end(Outcome::Failed(format!(
+                "cannot make vCPU {index}: {reason}"
+            )));
             return;
         }
     };

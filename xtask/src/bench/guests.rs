@@ -53,7 +53,8 @@ impl Guest for Strata {
             .arg(&parts.kernel)
             .arg("--initrd")
             .arg(&parts.initrd)
-            .args(["--append", &command_line(words)]);
+            // without EFI Linux takes BIOS's way to reset a hardware-reduced machine
+            .args(["--append", &format!("{} reboot=a", command_line(words))]);
         command
     }
 }

@@ -80,7 +80,10 @@ pub(crate) struct Asm {
 
 impl Asm {
     pub(crate) fn new(base: u64) -> Self {
-        Self { bytes: Vec::with_capacity(1024), base }
+        Self {
+            bytes: Vec::with_capacity(1024),
+            base,
+        }
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -25,9 +25,20 @@ impl CodeCache {
         let map = |protection| {
             // SAFETY: a fresh mapping of a file that this function owns; no address is given.
             let at = unsafe {
-                libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, fd, 0)
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    size,
+                    protection,
+                    libc::MAP_SHARED,
+                    fd,
+                    0,
+                )
             };
-            if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(at.cast::<u8>()) }
+            if at == libc::MAP_FAILED {
+                Err(io::Error::last_os_error())
+            } else {
+                Ok(at.cast::<u8>())
+            }
         };
         // SAFETY: `fd` is ours; it is closed once, after both mappings were tried.
         let result = unsafe {
@@ -41,7 +52,12 @@ impl CodeCache {
         // SAFETY: as above.
         unsafe { libc::close(fd) };
         let (write, execute) = result?;
-        Ok(Self { write, execute, size, used: 0 })
+        Ok(Self {
+            write,
+            execute,
+            size,
+            used: 0,
+        })
     }
 
     /// Host address, for execution, of offset 0.

@@ -21,33 +21,123 @@ pub(crate) enum Class {
 }
 
 /// Instructions that look plain but read or write state that is not the guest's.
+#[expect(clippy::too_many_lines, reason = "one list, a name a line")]
 fn is_sensitive(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     matches!(
         instruction.mnemonic(),
-        M::Cpuid | M::Rdpmc | M::Rdpid | M::Rdpru
-            | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw
-            | M::Xgetbv | M::Xsetbv | M::Pushf | M::Popf | M::Popfq
-            | M::In | M::Out | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd
-            | M::Movsb | M::Movsw | M::Stosb | M::Stosw | M::Stosd | M::Stosq | M::Movsq
-            | M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq
-            | M::Cmpsb | M::Cmpsw | M::Cmpsq
-            | M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase
-            | M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64
-            | M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64
-            | M::Xsaves | M::Xsaves64 | M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64
-            | M::Fnstenv | M::Fstenv | M::Fldenv | M::Fnsave | M::Fsave | M::Frstor
-            | M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu
-            | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq
-            | M::Vgatherdps | M::Vgatherdpd | M::Vgatherqps | M::Vgatherqpd
-            | M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqd | M::Vpgatherqq
-            | M::Clflush | M::Clflushopt | M::Clwb | M::Clzero | M::Monitor | M::Mwait
-            | M::Enter | M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss | M::Into | M::Bound
-            | M::Stac | M::Clac | M::Ud0 | M::Ud1 | M::Ud2 | M::Sysenter | M::Sysexit
-            | M::Vmcall | M::Vmmcall
+        M::Cpuid
+            | M::Rdpmc
+            | M::Rdpid
+            | M::Rdpru
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Xgetbv
+            | M::Xsetbv
+            | M::Pushf
+            | M::Popf
+            | M::Popfq
+            | M::In
+            | M::Out
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd
+            | M::Movsb
+            | M::Movsw
+            | M::Stosb
+            | M::Stosw
+            | M::Stosd
+            | M::Stosq
+            | M::Movsq
+            | M::Lodsb
+            | M::Lodsw
+            | M::Lodsd
+            | M::Lodsq
+            | M::Scasb
+            | M::Scasw
+            | M::Scasd
+            | M::Scasq
+            | M::Cmpsb
+            | M::Cmpsw
+            | M::Cmpsq
+            | M::Rdfsbase
+            | M::Rdgsbase
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xsaves
+            | M::Xsaves64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Xrstors
+            | M::Xrstors64
+            | M::Fnstenv
+            | M::Fstenv
+            | M::Fldenv
+            | M::Fnsave
+            | M::Fsave
+            | M::Frstor
+            | M::Maskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Vgatherdps
+            | M::Vgatherdpd
+            | M::Vgatherqps
+            | M::Vgatherqpd
+            | M::Vpgatherdd
+            | M::Vpgatherdq
+            | M::Vpgatherqd
+            | M::Vpgatherqq
+            | M::Clflush
+            | M::Clflushopt
+            | M::Clwb
+            | M::Clzero
+            | M::Monitor
+            | M::Mwait
+            | M::Enter
+            | M::Lds
+            | M::Les
+            | M::Lfs
+            | M::Lgs
+            | M::Lss
+            | M::Into
+            | M::Bound
+            | M::Stac
+            | M::Clac
+            | M::Ud0
+            | M::Ud1
+            | M::Ud2
+            | M::Sysenter
+            | M::Sysexit
+            | M::Vmcall
+            | M::Vmmcall
     ) || (instruction.is_string_instruction()
         && !matches!(instruction.mnemonic(), M::Movsd if instruction.op0_kind() == OpKind::Register))
-        || (matches!(instruction.mnemonic(), M::Movsd | M::Cmpsd) && instruction.is_string_instruction())
+        || (matches!(instruction.mnemonic(), M::Movsd | M::Cmpsd)
+            && instruction.is_string_instruction())
 }
 
 fn has_special_register(instruction: &Instruction) -> bool {
@@ -71,6 +161,20 @@ fn vector_number(register: Register) -> Option<usize> {
     register.is_vector_register().then(|| register.number())
 }
 
+fn is_prefetch(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Prefetch
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchnta
+            | M::Prefetchw
+            | M::Prefetchwt1
+    )
+}
+
 /// What to do with `instruction`, given which CPUID features the guest is offered.
 pub(crate) fn classify(instruction: &Instruction, offered: impl Fn(CpuidFeature) -> bool) -> Class {
     use Mnemonic as M;
@@ -78,11 +182,19 @@ pub(crate) fn classify(instruction: &Instruction, offered: impl Fn(CpuidFeature)
         return Class::System;
     }
     match instruction.mnemonic() {
-        M::Nop | M::Fnop if instruction.mnemonic() == M::Nop => return Class::Nop,
-        M::Endbr64 | M::Endbr32 | M::Pause | M::Reservednop => return Class::Nop,
-        M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta | M::Prefetchw
-        | M::Prefetch | M::Prefetchwt1 | M::Cldemote => return Class::Nop,
-        M::Lea | M::Xlatb | M::Cli | M::Sti | M::Cld | M::Std | M::Swapgs | M::Pushfq | M::Rdtsc
+        M::Nop | M::Endbr64 | M::Endbr32 | M::Pause | M::Reservednop | M::Cldemote => {
+            return Class::Nop;
+        }
+        m if is_prefetch(m) => return Class::Nop,
+        M::Lea
+        | M::Xlatb
+        | M::Cli
+        | M::Sti
+        | M::Cld
+        | M::Std
+        | M::Swapgs
+        | M::Pushfq
+        | M::Rdtsc
         | M::Rdtscp => return Class::Special,
         M::Leave => return Class::Stack,
         _ => {}
@@ -101,7 +213,11 @@ pub(crate) fn classify(instruction: &Instruction, offered: impl Fn(CpuidFeature)
         | FlowControl::Call
         | FlowControl::IndirectCall
         | FlowControl::Return => {
-            return if near_branch(instruction) { Class::Branch } else { Class::System };
+            return if near_branch(instruction) {
+                Class::Branch
+            } else {
+                Class::System
+            };
         }
         _ => return Class::System,
     }
@@ -152,12 +268,26 @@ pub(crate) fn extended_state(instruction: &Instruction) -> Extended {
     ) {
         return Extended::No;
     }
-    let mut need = if instruction.mnemonic() == M::Wait { Extended::X87 } else { Extended::No };
+    let mut need = if instruction.mnemonic() == M::Wait {
+        Extended::X87
+    } else {
+        Extended::No
+    };
     for feature in instruction.cpuid_features() {
         let this = match feature {
-            F::FPU | F::FPU287 | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY | F::MMX => Extended::X87,
-            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::SSE4A | F::AES
-            | F::PCLMULQDQ | F::SHA => Extended::Sse,
+            F::FPU | F::FPU287 | F::FPU287XL_ONLY | F::FPU387 | F::FPU387SL_ONLY | F::MMX => {
+                Extended::X87
+            }
+            F::SSE
+            | F::SSE2
+            | F::SSE3
+            | F::SSSE3
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::SSE4A
+            | F::AES
+            | F::PCLMULQDQ
+            | F::SHA => Extended::Sse,
             F::AVX | F::AVX2 | F::FMA | F::F16C => Extended::Avx,
             _ => Extended::No,
         };

@@ -5,9 +5,13 @@
 //! stack, 16-byte aligned; GS is the state block. At block boundaries the guest's status
 //! flags are in AX (`LAHF; SETO AL`). [`Flags`] follows where they are in between.
 
-use iced_x86::{Code, ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
+};
 
-use super::asm::{Alu, Asm, GUEST_RAX, GUEST_RSP, HOME, RAX, RBP, RBX, RCX, RDX, Reg, T0, T1, cc, slot};
+use super::asm::{
+    Alu, Asm, GUEST_RAX, GUEST_RSP, HOME, RAX, RBP, RBX, RCX, RDX, Reg, T0, T1, cc, slot,
+};
 use super::classify::Class;
 use super::thunks::{Thunks, slow_index, tag_offset};
 use crate::mmu::{AddressSpace, JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TlbEntry, jump_index};
@@ -54,8 +58,6 @@ pub(crate) struct Exit {
     pub(crate) jump: u32,
     /// Offset of the stub that it leads to when not chained.
     pub(crate) stub: u32,
-    /// Guest address it goes to.
-    pub(crate) target: u64,
 }
 
 struct PendingExit {
@@ -211,13 +213,18 @@ impl<'a> Lower<'a> {
 
     pub(super) fn site(&mut self, flags: Flags) {
         let host = self.asm.len() as u32;
-        self.sites.push(Site { host, guest: self.current, flags });
+        self.sites.push(Site {
+            host,
+            guest: self.current,
+            flags,
+        });
     }
 
     fn system(&mut self, instruction: &Instruction) -> bool {
         self.flags_into_ax();
         self.asm.mov_imm(T0, instruction.ip());
-        self.asm.mov_imm(T1, u64::from(self.first_system) + self.systems.len() as u64);
+        self.asm
+            .mov_imm(T1, u64::from(self.first_system) + self.systems.len() as u64);
         self.systems.push(*instruction);
         self.asm.jmp(self.thunks.system);
         true
@@ -294,12 +301,19 @@ impl<'a> Lower<'a> {
         }
         if base == Register::None && index == Register::None {
             let narrow = instruction.memory_displ_size() == 4;
-            self.asm.mov_imm(T0, if narrow { displacement & 0xffff_ffff } else { displacement });
+            self.asm.mov_imm(
+                T0,
+                if narrow {
+                    displacement & 0xffff_ffff
+                } else {
+                    displacement
+                },
+            );
             return;
         }
         let narrow = base.size() == 4 || index.size() == 4;
-        let host_base = (base != Register::None)
-            .then(|| self.register(base.full_register().number(), T0));
+        let host_base =
+            (base != Register::None).then(|| self.register(base.full_register().number(), T0));
         let host_index = (index != Register::None).then(|| {
             let reg = self.register(index.full_register().number(), T1);
             (reg, instruction.memory_index_scale() as u8)
@@ -325,7 +339,11 @@ impl<'a> Lower<'a> {
         debug_assert!(self.flags == Flags::Ax);
         let store = what & meta::STORE != 0;
         let user = self.mode.user;
-        let start_site = Site { host: 0, guest: self.current, flags: Flags::Ax };
+        let start_site = Site {
+            host: 0,
+            guest: self.current,
+            flags: Flags::Ax,
+        };
         let entry = size_of::<TlbEntry>();
         let a = &mut self.asm;
         a.mov(T1, T0);
@@ -339,12 +357,23 @@ impl<'a> Lower<'a> {
         a.alu_mem(Alu::Add, T0, T1, tag + HOST_AFTER_TAG);
         let start = self.asm.len();
         let body_flags = body(self);
-        let site = Site { host: start as u32, guest: self.current, flags: body_flags };
+        let site = Site {
+            host: start as u32,
+            guest: self.current,
+            flags: body_flags,
+        };
         // the body's own instructions come before whatever follows it
         let position = self.sites.partition_point(|s| s.host <= start as u32);
         self.sites.insert(position, site);
         let body = start..self.asm.len();
-        self.stubs.push(Stub { branch, meta: size | what, store, body, site: start_site, body_flags });
+        self.stubs.push(Stub {
+            branch,
+            meta: size | what,
+            store,
+            body,
+            site: start_site,
+            body_flags,
+        });
     }
 
     fn stack(&mut self, instruction: &Instruction) -> bool {
@@ -372,7 +401,11 @@ impl<'a> Lower<'a> {
         let memory = instruction.op0_kind() == OpKind::Memory;
         if memory {
             self.address(instruction, 0);
-            let what = if Self::stack_segment(instruction) { meta::STACK } else { 0 };
+            let what = if Self::stack_segment(instruction) {
+                meta::STACK
+            } else {
+                0
+            };
             self.access(size, what, |s| {
                 s.asm.load_sized(T1, T0, size);
                 s.asm.store_gs(state_offset!(temp) + 8, T1);
@@ -385,7 +418,8 @@ impl<'a> Lower<'a> {
         };
         let register = (instruction.op0_kind() == OpKind::Register)
             .then(|| instruction.op0_register().full_register().number());
-        self.asm.lea(T0, Some(GUEST_RSP), None, -(size as i32), false);
+        self.asm
+            .lea(T0, Some(GUEST_RSP), None, -(size as i32), false);
         self.access(size, meta::STORE | meta::STACK, |s| {
             match (immediate, register) {
                 (Some(value), _) => s.asm.store_imm_sized(T0, value, size),
@@ -400,7 +434,8 @@ impl<'a> Lower<'a> {
             }
             Flags::Ax
         });
-        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, -(size as i32), false);
+        self.asm
+            .lea(GUEST_RSP, Some(GUEST_RSP), None, -(size as i32), false);
         true
     }
 
@@ -416,13 +451,18 @@ impl<'a> Lower<'a> {
             });
             let on_rsp = instruction.memory_base().full_register() == Register::RSP;
             self.address(instruction, if on_rsp { size as i32 } else { 0 });
-            let what = if Self::stack_segment(instruction) { meta::STACK } else { 0 };
+            let what = if Self::stack_segment(instruction) {
+                meta::STACK
+            } else {
+                0
+            };
             self.access(size, meta::STORE | what, |s| {
                 s.asm.load_gs(T1, state_offset!(temp) + 8);
                 s.asm.store_sized(T0, T1, size);
                 Flags::Ax
             });
-            self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
+            self.asm
+                .lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
             return true;
         }
         let guest = instruction.op0_register().full_register().number();
@@ -434,7 +474,8 @@ impl<'a> Lower<'a> {
             s.asm.load_sized(T1, T0, size);
             Flags::Ax
         });
-        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
+        self.asm
+            .lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
         if size == 2 && guest == 4 {
             // POP SP keeps the upper bits of the incremented RSP
             self.asm.raw(&[0x66, 0x45, 0x89, 0xdf]); // mov r15w, r11w
@@ -500,7 +541,8 @@ impl<'a> Lower<'a> {
         let go_on = self.asm.jcc_forward(cc::E);
         self.system(instruction);
         self.asm.aim(go_on);
-        self.asm.alu_gs_imm(Alu::Or, state_offset!(system_flags), rflags::IF as i32);
+        self.asm
+            .alu_gs_imm(Alu::Or, state_offset!(system_flags), rflags::IF as i32);
         true
     }
 
@@ -532,7 +574,8 @@ impl<'a> Lower<'a> {
         self.asm.shift(4, T0, 11);
         self.asm.raw(&[0x4d, 0x09, 0xd3]); // or r11, r10
         self.asm.load_gs(T0, state_offset!(system_flags));
-        self.asm.alu_imm(Alu::And, T0, !((rflags::RF | rflags::VM) as i32));
+        self.asm
+            .alu_imm(Alu::And, T0, !((rflags::RF | rflags::VM) as i32));
         self.asm.raw(&[0x4d, 0x09, 0xd3]); // or r11, r10
         self.asm.store_gs(state_offset!(temp) + 8, T1);
         self.asm.lea(T0, Some(GUEST_RSP), None, -8, false);
@@ -562,20 +605,22 @@ impl<'a> Lower<'a> {
                 self.asm.raw(&[0x45, 0x89, 0xd2]); // mov r10d, r10d
                 self.set_register(guest, T0);
             }
-            _ => match HOME[guest] {
-                Some(home) => {
-                    // mov home16, r10w
-                    self.asm.raw(&[0x66, 0x44 | home.0 >> 3, 0x89, 0xd0 | home.0 & 7]);
-                }
-                None => {
-                    // mov word gs:[slot], r10w
-                    self.asm.raw(&[0x65, 0x66, 0x44, 0x89, 0x14, 0x25]);
-                    let disp = slot(guest);
-                    self.asm.raw(&disp.to_le_bytes());
-                }
-            },
+            _ => self.set_word(guest),
         }
         true
+    }
+
+    /// The low word of T0 into a guest register, whose other bits stay.
+    fn set_word(&mut self, guest: usize) {
+        if let Some(home) = HOME[guest] {
+            // mov home16, r10w
+            self.asm
+                .raw(&[0x66, 0x44 | home.0 >> 3, 0x89, 0xd0 | home.0 & 7]);
+        } else {
+            // mov word gs:[slot], r10w
+            self.asm.raw(&[0x65, 0x66, 0x44, 0x89, 0x14, 0x25]);
+            self.asm.raw(&slot(guest).to_le_bytes());
+        }
     }
 
     fn branch(&mut self, instruction: &Instruction) {
@@ -585,7 +630,10 @@ impl<'a> Lower<'a> {
             self.flags_into_host();
             let condition = condition_number(instruction.condition_code());
             let jump = self.asm.jcc_forward(condition);
-            self.pending.push(PendingExit { jump, target: instruction.near_branch_target() });
+            self.pending.push(PendingExit {
+                jump,
+                target: instruction.near_branch_target(),
+            });
             self.fall_through(instruction.next_ip());
         } else if instruction.is_jcx_short() || instruction.is_loop() || instruction.is_loopcc() {
             self.count_branch(instruction);
@@ -601,8 +649,13 @@ impl<'a> Lower<'a> {
                 s.asm.load(T0, T0, 0);
                 Flags::Ax
             });
-            let drop = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
-            self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, 8 + drop, false);
+            let drop = if instruction.op_count() == 1 {
+                i32::from(instruction.immediate16())
+            } else {
+                0
+            };
+            self.asm
+                .lea(GUEST_RSP, Some(GUEST_RSP), None, 8 + drop, false);
             self.jump_to_t0(instruction);
         } else {
             self.indirect_branch(instruction);
@@ -614,7 +667,11 @@ impl<'a> Lower<'a> {
         let target = state_offset!(temp) + 8;
         if instruction.op0_kind() == OpKind::Memory {
             self.address(instruction, 0);
-            let what = if Self::stack_segment(instruction) { meta::STACK } else { 0 };
+            let what = if Self::stack_segment(instruction) {
+                meta::STACK
+            } else {
+                0
+            };
             self.access(8, what, |s| {
                 s.asm.load(T1, T0, 0);
                 s.asm.store_gs(target, T1);
@@ -692,7 +749,10 @@ impl<'a> Lower<'a> {
         );
         jump_if_zero(&mut self.asm, 6);
         let jump = self.asm.jcc_forward(if equal { cc::E } else { cc::NE });
-        self.pending.push(PendingExit { jump, target: taken });
+        self.pending.push(PendingExit {
+            jump,
+            target: taken,
+        });
         self.fall_through(next);
     }
 
@@ -746,9 +806,13 @@ impl<'a> Lower<'a> {
             let stub = self.asm.len() as u32;
             if target >> 12 == self.start >> 12 && !self.mode.single {
                 self.asm.mov_imm(T0, target);
-                self.asm.mov_imm(T1, u64::from(self.first_exit) + exits.len() as u64);
+                self.asm
+                    .mov_imm(T1, u64::from(self.first_exit) + exits.len() as u64);
                 self.asm.jmp(self.thunks.link);
-                exits.push(Exit { jump: jump as u32, stub, target });
+                exits.push(Exit {
+                    jump: jump as u32,
+                    stub,
+                });
             } else {
                 self.far_exit(target);
             }
@@ -764,7 +828,8 @@ impl<'a> Lower<'a> {
 
     /// To another page, whose mapping may change: through the jump cache.
     fn far_exit(&mut self, target: u64) {
-        let entry = jumps_offset(self.mode.user) + (jump_index(target) * size_of::<JumpEntry>()) as i32;
+        let entry =
+            jumps_offset(self.mode.user) + (jump_index(target) * size_of::<JumpEntry>()) as i32;
         let a = &mut self.asm;
         a.mov_imm(T0, target);
         if self.mode.single {
@@ -780,11 +845,19 @@ impl<'a> Lower<'a> {
     fn slow_path(&mut self, stub: &Stub) {
         self.asm.aim(stub.branch);
         let here = self.asm.len() as u32;
-        self.sites.push(Site { host: here, ..stub.site });
+        self.sites.push(Site {
+            host: here,
+            ..stub.site
+        });
         self.asm.push_imm(stub.meta);
-        self.asm.call(self.thunks.slow[slow_index(self.mode.user, stub.store)]);
+        self.asm
+            .call(self.thunks.slow[slow_index(self.mode.user, stub.store)]);
         let here = self.asm.len() as u32;
-        self.sites.push(Site { host: here, flags: stub.body_flags, ..stub.site });
+        self.sites.push(Site {
+            host: here,
+            flags: stub.body_flags,
+            ..stub.site
+        });
         self.asm.bytes.extend_from_within(stub.body.clone());
         if stub.store {
             self.asm.call(self.thunks.commit);
@@ -814,7 +887,11 @@ const HOST_AFTER_TAG: i32 =
     std::mem::offset_of!(TlbEntry, host) as i32 - std::mem::offset_of!(TlbEntry, tag) as i32;
 
 fn jumps_offset(user: bool) -> i32 {
-    let table = if user { size_of::<[JumpEntry; JUMP_ENTRIES]>() } else { 0 };
+    let table = if user {
+        size_of::<[JumpEntry; JUMP_ENTRIES]>()
+    } else {
+        0
+    };
     (std::mem::offset_of!(AddressSpace, jumps) + table) as i32
 }
 

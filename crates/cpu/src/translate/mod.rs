@@ -54,7 +54,11 @@ pub(crate) fn translate(
     let mut decoder = Decoder::with_ip(64, source.bytes, source.start, DecoderOptions::NONE);
     let mut decoded: Vec<(Instruction, Class)> = Vec::with_capacity(16);
     let mut uses_fpu = false;
-    let limit = if source.mode.single { 1 } else { MAX_INSTRUCTIONS };
+    let limit = if source.mode.single {
+        1
+    } else {
+        MAX_INSTRUCTIONS
+    };
     while decoded.len() < limit && decoder.can_decode() {
         let instruction = decoder.decode();
         if instruction.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {

@@ -29,23 +29,52 @@ fn flag_use(i: &Instruction) -> FlagUse {
     // a count of zero leaves all flags, and only the CPU knows the count
     let shift = matches!(
         i.mnemonic(),
-        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Rol
-            | Mnemonic::Ror | Mnemonic::Rcl | Mnemonic::Rcr | Mnemonic::Shld | Mnemonic::Shrd
+        Mnemonic::Shl
+            | Mnemonic::Sal
+            | Mnemonic::Shr
+            | Mnemonic::Sar
+            | Mnemonic::Rol
+            | Mnemonic::Ror
+            | Mnemonic::Rcl
+            | Mnemonic::Rcr
+            | Mnemonic::Shld
+            | Mnemonic::Shrd
     );
     let writes = changed != 0 || shift;
     // what is undefined may keep the old value on some CPUs
     let keeps = writes && (changed & !i.rflags_undefined() != STATUS || shift);
-    FlagUse { needs: i.rflags_read() & STATUS != 0 || keeps, writes }
+    FlagUse {
+        needs: i.rflags_read() & STATUS != 0 || keeps,
+        writes,
+    }
 }
 
 /// Instructions whose accumulator operand is not written in the instruction.
 fn implicit_rax(i: &Instruction) -> bool {
     use Mnemonic as M;
     match i.mnemonic() {
-        M::Mul | M::Div | M::Idiv | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo
-        | M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b | M::Lahf | M::Sahf
-        | M::Pcmpestri | M::Pcmpestrm | M::Pcmpestri64 | M::Pcmpestrm64
-        | M::Vpcmpestri | M::Vpcmpestrm | M::Vpcmpestri64 | M::Vpcmpestrm64 => true,
+        M::Mul
+        | M::Div
+        | M::Idiv
+        | M::Cbw
+        | M::Cwde
+        | M::Cdqe
+        | M::Cwd
+        | M::Cdq
+        | M::Cqo
+        | M::Cmpxchg
+        | M::Cmpxchg8b
+        | M::Cmpxchg16b
+        | M::Lahf
+        | M::Sahf
+        | M::Pcmpestri
+        | M::Pcmpestrm
+        | M::Pcmpestri64
+        | M::Pcmpestrm64
+        | M::Vpcmpestri
+        | M::Vpcmpestrm
+        | M::Vpcmpestri64
+        | M::Vpcmpestrm64 => true,
         M::Imul => i.op_count() == 1,
         M::Fnstsw | M::Fstsw => i.op0_kind() == OpKind::Register,
         _ => false,
@@ -53,7 +82,10 @@ fn implicit_rax(i: &Instruction) -> bool {
 }
 
 fn is_high_byte(register: Register) -> bool {
-    matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)
+    matches!(
+        register,
+        Register::AH | Register::CH | Register::DH | Register::BH
+    )
 }
 
 /// iced's name for part of host register `reg`, `size` bytes wide.
@@ -77,7 +109,9 @@ fn writes(access: OpAccess) -> bool {
 
 fn uses_x87(i: &Instruction) -> bool {
     use iced_x86::CpuidFeature as F;
-    i.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
+    i.cpuid_features()
+        .iter()
+        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
 }
 
 /// Whether the instruction reports a pending x87 exception (Intel SDM vol. 1 §8.7).
@@ -98,9 +132,22 @@ fn demands_alignment(i: &Instruction) -> bool {
         return false;
     }
     match i.mnemonic() {
-        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm
-        | M::Pcmpestri64 | M::Pcmpestrm64 | M::Pcmpistri | M::Pcmpistrm => false,
-        M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq
+        M::Movups
+        | M::Movupd
+        | M::Movdqu
+        | M::Lddqu
+        | M::Pcmpestri
+        | M::Pcmpestrm
+        | M::Pcmpestri64
+        | M::Pcmpestrm64
+        | M::Pcmpistri
+        | M::Pcmpistrm => false,
+        M::Vmovaps
+        | M::Vmovapd
+        | M::Vmovdqa
+        | M::Vmovntps
+        | M::Vmovntpd
+        | M::Vmovntdq
         | M::Vmovntdqa => true,
         _ => i.code().op_code().encoding() == iced_x86::EncodingKind::Legacy,
     }
@@ -131,9 +178,12 @@ impl Lower<'_> {
         modrm_form(&mut instruction);
         instruction.set_has_rep_prefix(false);
         instruction.set_has_repne_prefix(false);
-        let memory = (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
+        let memory =
+            (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
         let Some(memory) = memory else {
-            let Some(plan) = self.plan(&instruction, false) else { return false };
+            let Some(plan) = self.plan(&instruction, false) else {
+                return false;
+            };
             self.body(&plan);
             return true;
         };
@@ -143,13 +193,25 @@ impl Lower<'_> {
             // with an unmasked exception pending, the x87 does not store
             OpAccess::Write if uses_x87(&instruction) => meta::STORE | meta::LOAD,
             OpAccess::Write => meta::STORE,
-            OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => meta::STORE | meta::LOAD,
+            OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => {
+                meta::STORE | meta::LOAD
+            }
             OpAccess::NoMemAccess | OpAccess::None => return false,
         };
-        let what = what
-            | if Self::stack_segment(&instruction) { meta::STACK } else { 0 }
-            | if demands_alignment(&instruction) { meta::ALIGNED } else { 0 }
-            | if waits_for_x87(&instruction) { meta::WAITS } else { 0 };
+        let what =
+            what | if Self::stack_segment(&instruction) {
+                meta::STACK
+            } else {
+                0
+            } | if demands_alignment(&instruction) {
+                meta::ALIGNED
+            } else {
+                0
+            } | if waits_for_x87(&instruction) {
+                meta::WAITS
+            } else {
+                0
+            };
         let size = instruction.memory_size().size() as u32;
         if size == 0 || size > 512 {
             return false;
@@ -165,7 +227,9 @@ impl Lower<'_> {
         }
         let mut replaced = instruction;
         point_at_t0(&mut replaced);
-        let Some(plan) = self.plan(&replaced, true) else { return false };
+        let Some(plan) = self.plan(&replaced, true) else {
+            return false;
+        };
         self.address(&instruction, 0);
         self.access(size, what, |s| s.body(&plan));
         true
@@ -182,13 +246,16 @@ impl Lower<'_> {
             // movsxd r11, from32
             4 => self.asm.raw(&[0x4c | from.0 >> 3, 0x63, 0xd8 | from.0 & 7]),
             // movsx r11, from16
-            _ => self.asm.raw(&[0x4c | from.0 >> 3, 0x0f, 0xbf, 0xd8 | from.0 & 7]),
+            _ => self
+                .asm
+                .raw(&[0x4c | from.0 >> 3, 0x0f, 0xbf, 0xd8 | from.0 & 7]),
         }
         self.asm.shift(7, T1, bits.trailing_zeros() as u8);
         let narrow = instruction.memory_base().size() == 4
             || instruction.memory_index().size() == 4
             || instruction.memory_displ_size() == 4 && instruction.memory_base() == Register::None;
-        self.asm.lea(T0, Some(T0), Some((T1, size as u8)), 0, narrow);
+        self.asm
+            .lea(T0, Some(T0), Some((T1, size as u8)), 0, narrow);
         self.add_segment_base(instruction);
         let mut replaced = *instruction;
         point_at_t0(&mut replaced);
@@ -297,7 +364,8 @@ impl Lower<'_> {
                 // RAX, RCX, RDX and RBX hold their own here
                 continue;
             }
-            plan.instruction.set_op_register(i, sized(host, register.size()));
+            plan.instruction
+                .set_op_register(i, sized(host, register.size()));
         }
         Some(())
     }

@@ -4,7 +4,9 @@
 //! Called by translated code only. Stack discipline: translated code runs with RSP 16-byte
 //! aligned; thunks keep it so around calls into Rust.
 
-use super::asm::{Alu, Asm, GUEST_RAX, HOME, RAX, RCX, RDI, RDX, RBX, RBP, RSI, RSP, Reg, T0, T1, cc, slot};
+use super::asm::{
+    Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
+};
 use crate::mmu::{AddressSpace, TLB_ENTRIES, TlbEntry, tlb_number};
 use crate::state::state_offset;
 
@@ -137,7 +139,10 @@ fn call_rust(a: &mut Asm, function: u64) {
 
 /// Writes all thunks into `a`, for the extended-state components in `mask`.
 pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
-    let mut thunks = Thunks { enter: enter(a), ..Thunks::default() };
+    let mut thunks = Thunks {
+        enter: enter(a),
+        ..Thunks::default()
+    };
     let leave = leave_common(a, mask);
     let out = |a: &mut Asm, reason: Leave, with_number: bool| {
         let at = a.here();

@@ -12,7 +12,9 @@ fn msr(register: u32) -> u32 {
 
 fn x2apic() -> Lapic {
     let mut lapic = Lapic::new(3, true, TSC_KHZ);
-    lapic.set_base(LAPIC_BASE | BASE_ENABLE | BASE_EXTD).unwrap();
+    lapic
+        .set_base(LAPIC_BASE | BASE_ENABLE | BASE_EXTD)
+        .unwrap();
     lapic.msr_write(msr(offset::SVR), 0x1ff, 0).unwrap();
     lapic
 }
@@ -69,11 +71,33 @@ fn the_id_is_in_the_top_byte_in_xapic_mode_and_whole_in_x2apic_mode() {
 #[test]
 fn reserved_registers_and_bits_raise_general_protection() {
     let mut lapic = x2apic();
-    for register in [offset::DFR, offset::ICR_HIGH, offset::EOI, offset::SELF_IPI, 0x2f0, 0x90] {
-        assert_eq!(lapic.msr_read(msr(register), 0), Err(GeneralProtection), "{register:#x}");
+    for register in [
+        offset::DFR,
+        offset::ICR_HIGH,
+        offset::EOI,
+        offset::SELF_IPI,
+        0x2f0,
+        0x90,
+    ] {
+        assert_eq!(
+            lapic.msr_read(msr(register), 0),
+            Err(GeneralProtection),
+            "{register:#x}"
+        );
     }
-    for register in [offset::ID, offset::VERSION, offset::PPR, offset::LDR, offset::DFR, 0x2f0] {
-        assert_eq!(lapic.msr_write(msr(register), 0, 0), Err(GeneralProtection), "{register:#x}");
+    for register in [
+        offset::ID,
+        offset::VERSION,
+        offset::PPR,
+        offset::LDR,
+        offset::DFR,
+        0x2f0,
+    ] {
+        assert_eq!(
+            lapic.msr_write(msr(register), 0, 0),
+            Err(GeneralProtection),
+            "{register:#x}"
+        );
     }
     let reserved = [
         (offset::TPR, 0x100),
@@ -158,7 +182,10 @@ fn the_end_of_a_level_interrupt_is_broadcast_and_that_of_an_edge_is_not() {
     let mut lapic = x2apic();
     lapic.accept(0x61, true);
     lapic.acknowledge(0);
-    assert_eq!(lapic.msr_write(msr(offset::EOI), 0, 0), Ok(Action::Eoi(0x61)));
+    assert_eq!(
+        lapic.msr_write(msr(offset::EOI), 0, 0),
+        Ok(Action::Eoi(0x61))
+    );
 
     lapic.accept(0x61, false);
     lapic.acknowledge(0);
@@ -196,7 +223,10 @@ fn an_illegal_vector_is_an_error_that_is_seen_after_a_write_to_the_status() {
     assert_eq!(lapic.pending_vector(0), Some(0xfe));
     assert_eq!(read32(&mut lapic, offset::ESR), 0);
     write32(&mut lapic, offset::ESR, 0);
-    assert_eq!(read32(&mut lapic, offset::ESR), Esr::SEND_ILLEGAL_VECTOR.bits());
+    assert_eq!(
+        read32(&mut lapic, offset::ESR),
+        Esr::SEND_ILLEGAL_VECTOR.bits()
+    );
     write32(&mut lapic, offset::ESR, 0);
     assert_eq!(read32(&mut lapic, offset::ESR), 0);
 }
@@ -207,25 +237,46 @@ fn ipis_carry_their_shorthand_destination_and_mode() {
     let mut lapic = x2apic();
     let mut send = |icr: u64| lapic.msr_write(msr(offset::ICR), icr, 0);
 
-    assert_eq!(send(7 << 32 | 0x40), ipi(Target::Physical(7), Delivery::Fixed(0x40)));
+    assert_eq!(
+        send(7 << 32 | 0x40),
+        ipi(Target::Physical(7), Delivery::Fixed(0x40))
+    );
     assert_eq!(
         send(0x1_0003 << 32 | 1 << 11 | 0x40),
         ipi(Target::Logical(0x1_0003), Delivery::Fixed(0x40))
     );
-    assert_eq!(send(0xffff_ffff << 32 | 0x40), ipi(Target::All, Delivery::Fixed(0x40)));
-    assert_eq!(send(1 << 18 | 0x40), ipi(Target::Sender, Delivery::Fixed(0x40)));
-    assert_eq!(send(2 << 18 | 0x40), ipi(Target::All, Delivery::Fixed(0x40)));
+    assert_eq!(
+        send(0xffff_ffff << 32 | 0x40),
+        ipi(Target::All, Delivery::Fixed(0x40))
+    );
+    assert_eq!(
+        send(1 << 18 | 0x40),
+        ipi(Target::Sender, Delivery::Fixed(0x40))
+    );
+    assert_eq!(
+        send(2 << 18 | 0x40),
+        ipi(Target::All, Delivery::Fixed(0x40))
+    );
     assert_eq!(send(3 << 18 | 4 << 8), ipi(Target::Others, Delivery::Nmi));
-    assert_eq!(send(5 << 32 | 1 << 14 | 5 << 8), ipi(Target::Physical(5), Delivery::Init));
+    assert_eq!(
+        send(5 << 32 | 1 << 14 | 5 << 8),
+        ipi(Target::Physical(5), Delivery::Init)
+    );
     assert_eq!(send(5 << 32 | 1 << 15 | 5 << 8), Ok(Action::None));
-    assert_eq!(send(5 << 32 | 6 << 8 | 0x9a), ipi(Target::Physical(5), Delivery::Startup(0x9a)));
+    assert_eq!(
+        send(5 << 32 | 6 << 8 | 0x9a),
+        ipi(Target::Physical(5), Delivery::Startup(0x9a))
+    );
 }
 
 #[test]
 fn a_self_ipi_goes_to_the_sender() {
     let action = x2apic().msr_write(msr(offset::SELF_IPI), 0x77, 0);
 
-    let ipi = Ipi { target: Target::Sender, delivery: Delivery::Fixed(0x77) };
+    let ipi = Ipi {
+        target: Target::Sender,
+        delivery: Delivery::Fixed(0x77),
+    };
     assert_eq!(action, Ok(Action::Ipi(ipi)));
 }
 
@@ -250,7 +301,9 @@ fn logical_destinations_match_by_flat_cluster_and_x2apic_rules() {
 #[test]
 fn a_tsc_deadline_fires_once_when_it_is_reached() {
     let mut lapic = x2apic();
-    lapic.msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0).unwrap();
+    lapic
+        .msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0)
+        .unwrap();
     lapic.set_tsc_deadline(1000, 10);
     assert_eq!(lapic.next_timer(), Some(1000));
     assert_eq!(lapic.tsc_deadline(999), 1000);
@@ -267,7 +320,9 @@ fn a_tsc_deadline_fires_once_when_it_is_reached() {
 #[test]
 fn a_tsc_deadline_in_the_past_fires_at_once() {
     let mut lapic = x2apic();
-    lapic.msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0).unwrap();
+    lapic
+        .msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0)
+        .unwrap();
 
     lapic.set_tsc_deadline(5, 1000);
 
@@ -277,7 +332,9 @@ fn a_tsc_deadline_in_the_past_fires_at_once() {
 #[test]
 fn a_tsc_deadline_of_zero_disarms() {
     let mut lapic = x2apic();
-    lapic.msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0).unwrap();
+    lapic
+        .msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0)
+        .unwrap();
     lapic.set_tsc_deadline(1000, 0);
 
     lapic.set_tsc_deadline(0, 1);
@@ -289,7 +346,9 @@ fn a_tsc_deadline_of_zero_disarms() {
 fn a_masked_timer_drops_its_interrupt() {
     let mut lapic = x2apic();
     let lvt = TIMER_TSC_DEADLINE | 0xec;
-    lapic.msr_write(msr(offset::LVT_TIMER), lvt | u64::from(Lvt::MASKED), 0).unwrap();
+    lapic
+        .msr_write(msr(offset::LVT_TIMER), lvt | u64::from(Lvt::MASKED), 0)
+        .unwrap();
     lapic.set_tsc_deadline(1000, 0);
     assert_eq!(lapic.next_timer(), None);
     assert_eq!(lapic.pending_vector(1001), None);
@@ -306,7 +365,9 @@ fn deadlines_are_ignored_outside_their_mode_and_counts_inside_it() {
     assert_eq!(lapic.next_timer(), None);
     assert_eq!(lapic.tsc_deadline(0), 0);
 
-    lapic.msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0).unwrap();
+    lapic
+        .msr_write(msr(offset::LVT_TIMER), TIMER_TSC_DEADLINE | 0xec, 0)
+        .unwrap();
     lapic.msr_write(msr(offset::INITIAL_COUNT), 100, 0).unwrap();
     assert_eq!(lapic.next_timer(), None);
 }
@@ -317,7 +378,9 @@ fn a_one_shot_count_runs_at_one_gigahertz_over_the_divider() {
     lapic.msr_write(msr(offset::LVT_TIMER), 0xec, 0).unwrap();
     lapic.msr_write(msr(offset::DIVIDE), 0b0011, 0).unwrap();
 
-    lapic.msr_write(msr(offset::INITIAL_COUNT), 100, 50).unwrap();
+    lapic
+        .msr_write(msr(offset::INITIAL_COUNT), 100, 50)
+        .unwrap();
 
     // Divided by 16, two TSC ticks a nanosecond: 3,200 ticks.
     assert_eq!(lapic.next_timer(), Some(3250));
@@ -331,7 +394,13 @@ fn a_one_shot_count_runs_at_one_gigahertz_over_the_divider() {
 #[test]
 fn dividers_are_encoded_as_in_the_manual() {
     let mut timer = Timer::new(TSC_KHZ);
-    for (code, divisor) in [(0b0000, 2), (0b0011, 16), (0b1000, 32), (0b1010, 128), (0b1011, 1)] {
+    for (code, divisor) in [
+        (0b0000, 2),
+        (0b0011, 16),
+        (0b1000, 32),
+        (0b1010, 128),
+        (0b1011, 1),
+    ] {
         timer.set_divide(0, code, 0);
         timer.set_initial_count(0, 1, 0);
         assert_eq!(timer.deadline(), Some(2 * divisor), "{code:#b}");
@@ -341,7 +410,9 @@ fn dividers_are_encoded_as_in_the_manual() {
 #[test]
 fn a_periodic_count_fires_again_and_leaves_out_missed_periods() {
     let mut lapic = x2apic();
-    lapic.msr_write(msr(offset::LVT_TIMER), TIMER_PERIODIC | 0xec, 0).unwrap();
+    lapic
+        .msr_write(msr(offset::LVT_TIMER), TIMER_PERIODIC | 0xec, 0)
+        .unwrap();
     lapic.msr_write(msr(offset::DIVIDE), 0b1011, 0).unwrap();
     lapic.msr_write(msr(offset::INITIAL_COUNT), 500, 0).unwrap();
 

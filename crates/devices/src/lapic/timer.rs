@@ -35,7 +35,12 @@ pub(super) struct Timer {
 
 impl Timer {
     pub(super) fn new(tsc_khz: u64) -> Self {
-        Self { tsc_khz: tsc_khz.max(1), divide: 0, initial_count: 0, deadline: None }
+        Self {
+            tsc_khz: tsc_khz.max(1),
+            divide: 0,
+            initial_count: 0,
+            deadline: None,
+        }
     }
 
     pub(super) fn reset(&self) -> Self {
@@ -94,7 +99,9 @@ impl Timer {
     }
 
     pub(super) fn current_count(&self, lvt: u32, now: u64) -> u32 {
-        let Some(deadline) = self.deadline else { return 0 };
+        let Some(deadline) = self.deadline else {
+            return 0;
+        };
         if Mode::of(lvt) == Mode::TscDeadline {
             return 0;
         }
@@ -104,7 +111,11 @@ impl Timer {
     }
 
     pub(super) fn tsc_deadline(&self, lvt: u32) -> u64 {
-        if Mode::of(lvt) == Mode::TscDeadline { self.deadline.unwrap_or(0) } else { 0 }
+        if Mode::of(lvt) == Mode::TscDeadline {
+            self.deadline.unwrap_or(0)
+        } else {
+            0
+        }
     }
 
     pub(super) fn set_tsc_deadline(&mut self, lvt: u32, deadline: u64) {

@@ -5,7 +5,10 @@ fn open() -> Serial {
     let mut serial = Serial::new();
     serial.write(IDENTIFICATION, 0x81);
     serial.write(MODEM_CONTROL, (Mcr::DTR | Mcr::RTS | Mcr::OUT2).bits());
-    serial.write(INTERRUPT_ENABLE, (Ier::RECEIVED_DATA | Ier::LINE_STATUS).bits());
+    serial.write(
+        INTERRUPT_ENABLE,
+        (Ier::RECEIVED_DATA | Ier::LINE_STATUS).bits(),
+    );
     serial
 }
 
@@ -42,7 +45,10 @@ fn the_divisor_latch_hides_data_and_interrupt_enable() {
     serial.write(LINE_CONTROL, 0x83);
     assert_eq!(serial.write(DATA, 0x34), None);
     serial.write(INTERRUPT_ENABLE, 0x12);
-    assert_eq!((serial.read(DATA), serial.read(INTERRUPT_ENABLE)), (0x34, 0x12));
+    assert_eq!(
+        (serial.read(DATA), serial.read(INTERRUPT_ENABLE)),
+        (0x34, 0x12)
+    );
 
     serial.write(LINE_CONTROL, 0x03);
 

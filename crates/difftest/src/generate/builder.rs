@@ -1,9 +1,7 @@
 //! A program in the making: which registers' initial values are still free to choose, what
 //! is known of the others, and the items so far.
 
-use iced_x86::{
-    Code, FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register,
-};
+use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register};
 
 use crate::case::{Patch, Registers, Xsave};
 use crate::layout::{CODE, PAGE};
@@ -106,7 +104,10 @@ impl Builder {
     /// Makes register `n` hold the address of item `target`.
     pub(super) fn make_address(&mut self, n: usize, target: usize) {
         if self.free[n] {
-            self.program.fixups.push(Fixup { target, place: Place::Register(n) });
+            self.program.fixups.push(Fixup {
+                target,
+                place: Place::Register(n),
+            });
             self.free[n] = false;
         } else if let Ok(load) = Instruction::with2(Code::Mov_r64_imm64, gpr64(n), 0_u64) {
             self.push(load);
@@ -192,7 +193,10 @@ impl Builder {
             }
             let n = gpr_number(register);
             self.free[n] = false;
-            let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None);
+            let writes = !matches!(
+                used.access(),
+                OpAccess::Read | OpAccess::CondRead | OpAccess::None
+            );
             if writes && !(n == RSP && stack != 0) {
                 self.known[n] = None;
             }
@@ -201,7 +205,10 @@ impl Builder {
             self.free[RSP] = false;
             self.known[RSP] = self.known[RSP].map(|rsp| rsp.wrapping_add(stack as i64 as u64));
         }
-        if matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall) {
+        if matches!(
+            instruction.flow_control(),
+            FlowControl::Call | FlowControl::IndirectCall
+        ) {
             self.known[RSP] = None;
         }
     }

@@ -15,8 +15,14 @@ pub(super) fn address(rng: &mut Rng, size: u64, code_address: u64) -> u64 {
     let size = size.max(1);
     // how far before an edge an access that straddles it begins
     let mut before = |edge: u64| edge - 1 - rng.below(size.max(2) - 1);
-    let straddling =
-        [EDGE, HOLE, WRITABLE, READ_ONLY_TO_WRITABLE, WRITABLE_TO_READ_ONLY].map(&mut before);
+    let straddling = [
+        EDGE,
+        HOLE,
+        WRITABLE,
+        READ_ONLY_TO_WRITABLE,
+        WRITABLE_TO_READ_ONLY,
+    ]
+    .map(&mut before);
     match rng.below(100) {
         0..=11 => straddling[0],
         12..=17 => straddling[1],
@@ -124,7 +130,13 @@ fn apply(
     offset: u64,
     form: &Form,
 ) -> bool {
-    let name = |n: usize| if form.wide { gpr64(n) } else { Register::EAX + n as u32 };
+    let name = |n: usize| {
+        if form.wide {
+            gpr64(n)
+        } else {
+            Register::EAX + n as u32
+        }
+    };
     let mut displacement = match rng.below(4) {
         0 => 0,
         1 => u64::from(rng.bits() as u8) as i8 as i64,
@@ -141,7 +153,9 @@ fn apply(
             index_value(builder, rng, n)
         };
         builder.make(n, value);
-        let Some(value) = builder.known(n) else { return false };
+        let Some(value) = builder.known(n) else {
+            return false;
+        };
         rest = rest.wrapping_sub(value.wrapping_mul(scale));
         instruction.set_memory_index(name(n));
         instruction.set_memory_index_scale(scale as u32);
@@ -175,7 +189,11 @@ fn apply(
     };
     instruction.set_memory_displ_size(size);
     let displacement = displacement as u64;
-    instruction.set_memory_displacement64(if form.wide { displacement } else { displacement & 0xffff_ffff });
+    instruction.set_memory_displacement64(if form.wide {
+        displacement
+    } else {
+        displacement & 0xffff_ffff
+    });
     true
 }
 
@@ -185,7 +203,11 @@ fn rng_high(value: u64) -> u64 {
 
 /// A difference of addresses as a signed number of the address size.
 fn truncate(difference: u64, wide: bool) -> i64 {
-    if wide { difference as i64 } else { i64::from(difference as i32) }
+    if wide {
+        difference as i64
+    } else {
+        i64::from(difference as i32)
+    }
 }
 
 fn index_value(builder: &Builder, rng: &mut Rng, n: usize) -> u64 {
@@ -222,7 +244,10 @@ pub(super) fn set_vector_operand(
         builder.program.xsave.set_ymm(number, &value);
         builder.free_vectors[number] = false;
     }
-    let Some(base) = builder.pick_free(rng, &[]).or(Some(rng.index(16))).filter(|&n| n != RSP)
+    let Some(base) = builder
+        .pick_free(rng, &[])
+        .or(Some(rng.index(16)))
+        .filter(|&n| n != RSP)
     else {
         return false;
     };

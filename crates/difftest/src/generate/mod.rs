@@ -39,7 +39,9 @@ pub fn program(catalog: &Catalog, rng: &mut Rng, index: u64) -> (Program, Case) 
         }
     }
     let program = nothing(rng);
-    let case = program.assemble().unwrap_or_else(|| unreachable!("an empty program fits"));
+    let case = program
+        .assemble()
+        .unwrap_or_else(|| unreachable!("an empty program fits"));
     (program, case)
 }
 
@@ -100,9 +102,12 @@ fn pick_code(catalog: &Catalog, rng: &mut Rng) -> Code {
 
 fn is_integer(code: Code) -> bool {
     use iced_x86::CpuidFeature as F;
-    code.cpuid_features()
-        .iter()
-        .all(|f| matches!(f, F::INTEL8086 | F::INTEL186 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV))
+    code.cpuid_features().iter().all(|f| {
+        matches!(
+            f,
+            F::INTEL8086 | F::INTEL186 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV
+        )
+    })
 }
 
 /// Bounds the branch targets, and sometimes spoils an encoding.
@@ -127,8 +132,9 @@ fn complete(mut builder: Builder, rng: &mut Rng) -> Program {
 
 /// Puts a prefix before an instruction that the encoder would not put there.
 fn spoil(program: &mut Program, rng: &mut Rng) {
-    const PREFIXES: [u8; 13] =
-        [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x40, 0x48];
+    const PREFIXES: [u8; 13] = [
+        0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x40, 0x48,
+    ];
     let index = rng.index(program.items.len());
     // what is to be rewritten keeps its length
     let rewritten = |i: &Item| i.target == Some((Reference::Memory, index));
@@ -139,10 +145,11 @@ fn spoil(program: &mut Program, rng: &mut Rng) {
     if item.target.is_some() {
         return;
     }
-    let Some(mut bytes) = encode(item, program.code_address, |_| None) else { return };
+    let Some(mut bytes) = encode(item, program.code_address, |_| None) else {
+        return;
+    };
     bytes.insert(0, rng.pick(&PREFIXES));
-    let mut decoder =
-        Decoder::with_ip(64, &bytes, program.code_address, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, &bytes, program.code_address, DecoderOptions::NONE);
     let instruction = decoder.decode();
     // AMD cuts near branches to 16 bits by prefix 66, Intel does not
     let mut disputed = bytes[0] == 0x66 && instruction.flow_control() != FlowControl::Next;

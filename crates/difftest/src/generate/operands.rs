@@ -20,7 +20,11 @@ pub(super) fn append(builder: &mut Builder, rng: &mut Rng, code: Code) -> bool {
         let operand = operand as u32;
         let done = if let Some(class) = memory_alternative(kind) {
             if registers_only {
-                set_register(&mut instruction, operand, vector_or_general(builder, rng, class));
+                set_register(
+                    &mut instruction,
+                    operand,
+                    vector_or_general(builder, rng, class),
+                );
                 true
             } else {
                 has_memory = true;
@@ -37,7 +41,14 @@ pub(super) fn append(builder: &mut Builder, rng: &mut Rng, code: Code) -> bool {
             has_memory = true;
             set_gather(builder, rng, &mut instruction, operand, vector)
         } else {
-            set_other(builder, rng, &mut instruction, operand, kind, &mut immediates)
+            set_other(
+                builder,
+                rng,
+                &mut instruction,
+                operand,
+                kind,
+                &mut immediates,
+            )
         };
         if !done {
             return false;
@@ -249,9 +260,13 @@ fn fixed_register(rng: &mut Rng, kind: Kind) -> Option<Register> {
         Kind::st0 => Register::ST0,
         Kind::sti_opcode => Register::ST0 + rng.below(8) as u32,
         Kind::seg_reg => Register::ES + rng.below(6) as u32,
-        Kind::cr_reg => {
-            rng.pick(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4, Register::CR8])
-        }
+        Kind::cr_reg => rng.pick(&[
+            Register::CR0,
+            Register::CR2,
+            Register::CR3,
+            Register::CR4,
+            Register::CR8,
+        ]),
         Kind::dr_reg => Register::DR0 + rng.below(8) as u32,
         _ => return None,
     })

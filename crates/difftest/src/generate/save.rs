@@ -7,9 +7,8 @@
 use iced_x86::{Code, Instruction, MemoryOperand};
 
 use super::builder::{Builder, gpr64};
-use super::memory;
 use crate::case::{HEADER_OFFSET, PATCH_SIZE, Patch};
-use crate::layout::{IMAGES, IMAGES_SIZE, PAGE};
+use crate::layout::{HOLE, IMAGES, IMAGES_SIZE, PAGE, READ_ONLY};
 use crate::rng::Rng;
 
 const RAX: usize = 0;
@@ -39,7 +38,7 @@ pub(super) fn pattern(
     if !is_offered(save) {
         return;
     }
-    let image = place(rng, builder.program.code_address);
+    let image = place(rng);
     clear_header(builder, image);
     use_image(builder, rng, save, image);
     for _ in 0..1 + rng.below(4) {
@@ -61,21 +60,25 @@ fn is_offered(save: Code) -> bool {
     }
 }
 
-/// Mostly where an image may lie, else misaligned, off the edge or anywhere.
-fn place(rng: &mut Rng, code_address: u64) -> u64 {
+/// Mostly where an image may lie, else misaligned, off the edge or where no store can go.
+fn place(rng: &mut Rng) -> u64 {
     match rng.below(20) {
         0..=12 => IMAGES + 64 * rng.below((IMAGES_SIZE - 1024) / 64),
         13..=15 => IMAGES + PAGE - 64 * (1 + rng.below(12)),
         16 => IMAGES + IMAGES_SIZE - 64 * (1 + rng.below(12)),
         17 => IMAGES + rng.below(PAGE),
         18 => IMAGES + 16 * rng.below(PAGE / 16),
-        _ => memory::address(rng, 512, code_address),
+        _ => rng.pick(&[HOLE, READ_ONLY, 0]) + 64 * rng.below(32),
     }
 }
 
 /// The header of an image must be sound before XSAVE, which keeps part of it.
 fn clear_header(builder: &mut Builder, image: u64) {
-    let zeros = |address| Patch { address, length: 32, bytes: [0; PATCH_SIZE] };
+    let zeros = |address| Patch {
+        address,
+        length: 32,
+        bytes: [0; PATCH_SIZE],
+    };
     builder.patch(zeros(image.wrapping_add(HEADER_OFFSET as u64)));
     builder.patch(zeros(image.wrapping_add(HEADER_OFFSET as u64 + 32)));
 }

@@ -67,7 +67,10 @@ pub(super) fn prepare(builder: &mut Builder, rng: &mut Rng, instruction: &mut In
 
 fn uses_strings(code: Code) -> bool {
     use iced_x86::OpCodeOperandKind as Kind;
-    code.op_code().op_kinds().iter().any(|k| matches!(k, Kind::seg_rSI | Kind::es_rDI))
+    code.op_code()
+        .op_kinds()
+        .iter()
+        .any(|k| matches!(k, Kind::seg_rSI | Kind::es_rDI))
 }
 
 fn prepare_string(builder: &mut Builder, rng: &mut Rng, size: u64) {
@@ -96,7 +99,11 @@ fn on_stack(builder: &mut Builder, rng: &mut Rng, patch: impl Fn(u64) -> Option<
         let rsp = state::stack_pointer(rng);
         builder.make(RSP, rsp);
     }
-    if let Some(patch) = builder.known(RSP).filter(|&rsp| is_mapped(rsp, 8)).and_then(patch) {
+    if let Some(patch) = builder
+        .known(RSP)
+        .filter(|&rsp| is_mapped(rsp, 8))
+        .and_then(patch)
+    {
         builder.patch(patch);
     }
 }
@@ -120,14 +127,21 @@ pub(super) fn on_memory(
     match instruction.mnemonic() {
         // half the time, let the comparison succeed
         Mnemonic::Cmpxchg | Mnemonic::Cmpxchg8b | Mnemonic::Cmpxchg16b if rng.chance(50) => {
-            let (low, high) = (builder.known(RAX).unwrap_or(0), builder.known(RDX).unwrap_or(0));
+            let (low, high) = (
+                builder.known(RAX).unwrap_or(0),
+                builder.known(RDX).unwrap_or(0),
+            );
             let mut bytes = [0; PATCH_SIZE];
             let pair = match instruction.mnemonic() {
                 Mnemonic::Cmpxchg8b => u128::from(low & 0xffff_ffff | high << 32),
                 _ => u128::from(low) | u128::from(high) << 64,
             };
             bytes[..16].copy_from_slice(&pair.to_le_bytes());
-            builder.patch(Patch { address: linear, length: size as u64, bytes });
+            builder.patch(Patch {
+                address: linear,
+                length: size as u64,
+                bytes,
+            });
             builder.commit(RAX);
             builder.commit(RDX);
         }
@@ -139,7 +153,11 @@ pub(super) fn on_memory(
             let mut bytes = [0; PATCH_SIZE];
             if size == 10 && rng.chance(70) {
                 bytes[..10].copy_from_slice(&values::extended(rng));
-                builder.patch(Patch { address: linear, length: 10, bytes });
+                builder.patch(Patch {
+                    address: linear,
+                    length: 10,
+                    bytes,
+                });
             } else if size == 8 && rng.chance(10) {
                 let value = values::double(rng);
                 builder.patch(word_patch(linear, value));
@@ -281,7 +299,9 @@ fn self_modification(
         new,
     );
     let old = Instruction::with2(Code::Mov_r32_imm32, Register::EBX, rng.bits() as u32);
-    let (Ok(store), Ok(old)) = (store, old) else { return };
+    let (Ok(store), Ok(old)) = (store, old) else {
+        return;
+    };
     let looped = rng.chance(50);
     if looped {
         builder.load(RCX, 2);

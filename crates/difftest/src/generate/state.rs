@@ -61,7 +61,12 @@ pub(super) fn popped_flags(rng: &mut Rng) -> u64 {
         // IF, IOPL, and what reads as zero
         value |= rng.bits() & 0xffff_ffff_ffc3_b228;
     }
-    for (bit, percent) in [(rflags::TF, 4), (rflags::AC, 4), (rflags::NT, 8), (rflags::ID, 10)] {
+    for (bit, percent) in [
+        (rflags::TF, 4),
+        (rflags::AC, 4),
+        (rflags::NT, 8),
+        (rflags::ID, 10),
+    ] {
         if rng.chance(percent) {
             value |= bit;
         }
@@ -88,14 +93,16 @@ fn x87(rng: &mut Rng, area: &mut Xsave) {
     let mut control = 0x037f_u16;
     if rng.chance(30) {
         // rounding and precision control; precision 1 is reserved
-        control = control & !0x0f00
-            | (rng.below(4) as u16) << 10
-            | rng.pick(&[0, 2, 3, 3]) << 8;
+        control = control & !0x0f00 | (rng.below(4) as u16) << 10 | rng.pick(&[0, 2, 3, 3]) << 8;
     }
     if rng.chance(10) {
         control &= !(rng.below(64) as u16);
     }
-    let top = if rng.chance(60) { 0 } else { rng.below(8) as u16 };
+    let top = if rng.chance(60) {
+        0
+    } else {
+        rng.below(8) as u16
+    };
     let mut status = top << 11 | rng.bits() as u16 & 0x4700;
     if rng.chance(15) {
         status |= rng.below(128) as u16;

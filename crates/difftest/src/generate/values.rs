@@ -25,7 +25,9 @@ pub(crate) fn integer(rng: &mut Rng) -> u64 {
             0x0000_7fff_ffff_ffff,
             0x0000_8000_0000_0000,
         ]),
-        2 => (1_u64 << rng.below(64)).wrapping_add(rng.below(3)).wrapping_sub(1),
+        2 => (1_u64 << rng.below(64))
+            .wrapping_add(rng.below(3))
+            .wrapping_sub(1),
         3 => 0_u64.wrapping_sub(rng.below(0x1000)),
         4 => rng.bits() & 0xffff_ffff,
         5 => rng.bits() as i32 as u64,
@@ -39,10 +41,23 @@ pub(crate) fn integer(rng: &mut Rng) -> u64 {
 pub(crate) fn immediate(rng: &mut Rng, bits: u32) -> u64 {
     let value = match rng.below(4) {
         0 => rng.below(16),
-        1 => rng.pick(&[1_u64 << (bits - 1), (1 << (bits - 1)) - 1, u64::MAX, 0, 31, 32, 33, 63]),
+        1 => rng.pick(&[
+            1_u64 << (bits - 1),
+            (1 << (bits - 1)) - 1,
+            u64::MAX,
+            0,
+            31,
+            32,
+            33,
+            63,
+        ]),
         _ => rng.bits(),
     };
-    if bits == 64 { value } else { value & ((1 << bits) - 1) }
+    if bits == 64 {
+        value
+    } else {
+        value & ((1 << bits) - 1)
+    }
 }
 
 /// A single-precision number, as its bits.
@@ -57,7 +72,17 @@ pub(crate) fn single(rng: &mut Rng) -> u32 {
         5 => rng.pick(&[1, 0x007f_ffff, 0x0080_0000, 0x7f7f_ffff]),
         6 => (rng.below(1 << 16) as f32).to_bits(),
         7 => ((rng.bits() as i32 as f32) / 65536.0).to_bits() & 0x7fff_ffff,
-        8 => rng.pick(&[1.0_f32, 0.5, 2.0, 3.0, 0.1, 2_147_483_648.0, 4_294_967_296.0]).to_bits(),
+        8 => rng
+            .pick(&[
+                1.0_f32,
+                0.5,
+                2.0,
+                3.0,
+                0.1,
+                2_147_483_648.0,
+                4_294_967_296.0,
+            ])
+            .to_bits(),
         _ => rng.bits() as u32 & 0x7fff_ffff,
     }
 }
@@ -81,7 +106,15 @@ pub(crate) fn double(rng: &mut Rng) -> u64 {
         6 => (rng.below(1 << 16) as f64).to_bits(),
         7 => ((rng.bits() as i64 as f64) / 4_294_967_296.0).to_bits() & i64::MAX as u64,
         8 => rng
-            .pick(&[1.0_f64, 0.5, 2.0, 0.1, 2_147_483_648.0, 9_223_372_036_854_775_808.0, 1e300])
+            .pick(&[
+                1.0_f64,
+                0.5,
+                2.0,
+                0.1,
+                2_147_483_648.0,
+                9_223_372_036_854_775_808.0,
+                1e300,
+            ])
             .to_bits(),
         _ => rng.bits() & i64::MAX as u64,
     }
@@ -101,7 +134,10 @@ pub(crate) fn extended(rng: &mut Rng) -> [u8; 10] {
         7 => (0x7fff, rng.bits() >> 1),
         8 => (0x3fff, 1 << 63),
         9 => (0x3ffe + rng.below(66) as u16, 1 << 63 | rng.bits() >> 1),
-        10 => (0x3fff + rng.below(4) as u16, 1 << 63 | (rng.bits() >> 60) << 59),
+        10 => (
+            0x3fff + rng.below(4) as u16,
+            1 << 63 | (rng.bits() >> 60) << 59,
+        ),
         _ => (rng.below(0x7fff) as u16, 1 << 63 | rng.bits() >> 1),
     };
     let mut bytes = [0; 10];

@@ -22,8 +22,14 @@ const TICK_MICROSECONDS: i64 = 4_000;
 /// kernel's own description of the frame.
 const LEGACY_BYTES: usize = 416;
 
-const SIGNALS: [c_int; 6] =
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGVTALRM];
+const SIGNALS: [c_int; 6] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGTRAP,
+    libc::SIGVTALRM,
+];
 
 /// What the handler knows. One per process; the handler has no other way to find it.
 struct Server {
@@ -70,7 +76,10 @@ pub(super) unsafe fn main(channel: *mut Channel, pristine: &[[u8; PAGE_BYTES]]) 
     // SAFETY: single-threaded process; each step affects this process alone.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let no_core = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
         libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core);
         require(1, map_pages(pristine));
         require(2, install_handlers());
@@ -116,7 +125,8 @@ fn map_pages(pristine: &[[u8; PAGE_BYTES]]) -> bool {
             if page as u64 != address {
                 return false;
             }
-            page.cast::<[u8; PAGE_BYTES]>().copy_from_nonoverlapping(contents, 1);
+            page.cast::<[u8; PAGE_BYTES]>()
+                .copy_from_nonoverlapping(contents, 1);
             if libc::mprotect(page, PAGE_BYTES, protection) != 0 {
                 return false;
             }
@@ -142,7 +152,11 @@ unsafe fn install_handlers() -> bool {
         if stack == libc::MAP_FAILED {
             return false;
         }
-        let alternate = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: SIGNAL_STACK };
+        let alternate = libc::stack_t {
+            ss_sp: stack,
+            ss_flags: 0,
+            ss_size: SIGNAL_STACK,
+        };
         if libc::sigaltstack(&raw const alternate, std::ptr::null_mut()) != 0 {
             return false;
         }
@@ -152,11 +166,19 @@ unsafe fn install_handlers() -> bool {
         for signal in SIGNALS {
             libc::sigaddset(&raw mut action.sa_mask, signal);
         }
-        let tick = libc::timeval { tv_sec: 0, tv_usec: TICK_MICROSECONDS };
-        let timer = libc::itimerval { it_interval: tick, it_value: tick };
+        let tick = libc::timeval {
+            tv_sec: 0,
+            tv_usec: TICK_MICROSECONDS,
+        };
+        let timer = libc::itimerval {
+            it_interval: tick,
+            it_value: tick,
+        };
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
-        SIGNALS.iter().all(|&s| libc::sigaction(s, &raw const action, std::ptr::null_mut()) == 0)
+        SIGNALS
+            .iter()
+            .all(|&s| libc::sigaction(s, &raw const action, std::ptr::null_mut()) == 0)
             && libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) == 0
             && libc::setitimer(libc::ITIMER_VIRTUAL, &raw const timer, std::ptr::null_mut()) == 0
     }
@@ -187,7 +209,8 @@ unsafe fn lock_in() -> bool {
     const RIP_LOW: u32 = 8;
     const RIP_HIGH: u32 = 12;
     let load = |offset| filter(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
-    let equal = |value, yes, no| filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, yes, no, value);
+    let equal =
+        |value, yes, no| filter(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, yes, no, value);
     let verdict = |value| filter(libc::BPF_RET | libc::BPF_K, 0, 0, value);
     let mut program = [
         load(ARCH),
@@ -195,7 +218,12 @@ unsafe fn lock_in() -> bool {
         load(RIP_HIGH),
         equal(0, 0, 3),
         load(RIP_LOW),
-        filter(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, 0xffff_0000),
+        filter(
+            libc::BPF_ALU | libc::BPF_AND | libc::BPF_K,
+            0,
+            0,
+            0xffff_0000,
+        ),
         equal(layout::CODE as u32, 5, 0),
         load(NUMBER),
         equal(libc::SYS_rt_sigreturn as u32, 2, 0),
@@ -204,8 +232,10 @@ unsafe fn lock_in() -> bool {
         verdict(libc::SECCOMP_RET_ALLOW),
         verdict(libc::SECCOMP_RET_KILL_PROCESS),
     ];
-    let filters =
-        libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    let filters = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
     let filters = &raw const filters as u64;
     // SAFETY: `program` is alive during the calls, which copy it.
     unsafe {
@@ -221,7 +251,12 @@ unsafe fn lock_in() -> bool {
 }
 
 fn filter(code: u32, yes: u8, no: u8, value: u32) -> libc::sock_filter {
-    libc::sock_filter { code: code as u16, jt: yes, jf: no, k: value }
+    libc::sock_filter {
+        code: code as u16,
+        jt: yes,
+        jf: no,
+        k: value,
+    }
 }
 
 /// A system call without libc's `errno`. The fifth and later arguments are zero.
@@ -291,7 +326,9 @@ impl Server {
         // SAFETY: `index` is below the batch's count, which the parent keeps within BATCH;
         // the parent reads an outcome only after the response.
         let outcome: &mut Outcome = unsafe {
-            &mut *(&raw mut (*self.channel).outcomes).cast::<Outcome>().add(index as usize)
+            &mut *(&raw mut (*self.channel).outcomes)
+                .cast::<Outcome>()
+                .add(index as usize)
         };
         let registers = &context.uc_mcontext.gregs;
         let greg = |n: c_int| registers[n as usize] as u64;
@@ -300,16 +337,29 @@ impl Server {
         }
         outcome.registers.rip = greg(libc::REG_RIP);
         outcome.registers.rflags = greg(libc::REG_EFL);
-        outcome.end = if signal == libc::SIGVTALRM { End::Timeout } else { End::Exception };
+        outcome.end = if signal == libc::SIGVTALRM {
+            End::Timeout
+        } else {
+            End::Exception
+        };
         outcome.vector = greg(libc::REG_TRAPNO) as u32;
-        outcome.error_code =
-            if has_error_code(outcome.vector) { greg(libc::REG_ERR) } else { 0 };
-        outcome.cr2 = if outcome.vector == 14 { greg(libc::REG_CR2) } else { 0 };
+        outcome.error_code = if has_error_code(outcome.vector) {
+            greg(libc::REG_ERR)
+        } else {
+            0
+        };
+        outcome.cr2 = if outcome.vector == 14 {
+            greg(libc::REG_CR2)
+        } else {
+            0
+        };
         (outcome.fs_base, outcome.gs_base) = self.take_bases();
         let frame = context.uc_mcontext.fpregs.cast::<u8>();
         // SAFETY: on an AVX host the kernel stores an XSAVE image in standard format, whose
         // AVX part ends at XSAVE_SIZE; the two memories are apart.
-        unsafe { frame.copy_to_nonoverlapping(outcome.xsave.0.as_mut_ptr(), outcome.xsave.0.len()) };
+        unsafe {
+            frame.copy_to_nonoverlapping(outcome.xsave.0.as_mut_ptr(), outcome.xsave.0.len())
+        };
         outcome.xsave.normalise();
         let pristine = self.pristine();
         pages::take_changes(&mut self.pages, pristine, &mut outcome.changes);
@@ -345,8 +395,11 @@ impl Server {
         self.channel().current.store(next, Ordering::Release);
         // SAFETY: `next` is below the batch's count; the parent does not write cases while
         // a batch runs.
-        let case: &Case =
-            unsafe { &*(&raw const (*self.channel).cases).cast::<Case>().add(next as usize) };
+        let case: &Case = unsafe {
+            &*(&raw const (*self.channel).cases)
+                .cast::<Case>()
+                .add(next as usize)
+        };
         let code = &case.code[..case.code.len().min(case.code_length as usize)];
         pages::write(&mut self.pages, case.code_address, code);
         for patch in case.patches.iter().take(case.patch_count as usize) {
@@ -366,7 +419,9 @@ impl Server {
         unsafe {
             frame.copy_from_nonoverlapping(source, LEGACY_BYTES);
             frame.add(HEADER_OFFSET).cast::<u64>().write_unaligned(7);
-            frame.add(YMM_OFFSET).copy_from_nonoverlapping(source.add(YMM_OFFSET), 256);
+            frame
+                .add(YMM_OFFSET)
+                .copy_from_nonoverlapping(source.add(YMM_OFFSET), 256);
         }
     }
 
@@ -404,7 +459,15 @@ const GREGS: [c_int; 16] = [
 
 fn futex_wake(word: &AtomicU32) {
     // SAFETY: FUTEX_WAKE uses the address as a key only.
-    unsafe { system_call(libc::SYS_futex, word.as_ptr() as u64, libc::FUTEX_WAKE as u64, 1, 0) };
+    unsafe {
+        system_call(
+            libc::SYS_futex,
+            word.as_ptr() as u64,
+            libc::FUTEX_WAKE as u64,
+            1,
+            0,
+        )
+    };
 }
 
 fn futex_wait(word: &AtomicU32, seen: u32) {

@@ -81,7 +81,12 @@ impl Native {
             return Err(NativeError::Map(io::Error::last_os_error()));
         }
         let channel = channel.cast::<Channel>();
-        let mut native = Self { channel, pristine: layout::pristine(), process: 0, deaths: 0 };
+        let mut native = Self {
+            channel,
+            pristine: layout::pristine(),
+            process: 0,
+            deaths: 0,
+        };
         native.start()?;
         Ok(native)
     }
@@ -118,9 +123,15 @@ impl Native {
                 batch.len(),
             );
         }
-        self.shared().count.store(batch.len() as u32, Ordering::Relaxed);
+        self.shared()
+            .count
+            .store(batch.len() as u32, Ordering::Relaxed);
         self.shared().current.store(0, Ordering::Relaxed);
-        let request = self.shared().request.load(Ordering::Relaxed).wrapping_add(1);
+        let request = self
+            .shared()
+            .request
+            .load(Ordering::Relaxed)
+            .wrapping_add(1);
         self.shared().request.store(request, Ordering::Release);
         wake(&self.shared().request);
 
@@ -134,7 +145,10 @@ impl Native {
             // SAFETY: the other process has written these outcomes and is waiting or dead;
             // `done` is at most BATCH.
             outcomes.push(unsafe {
-                (&raw const (*self.channel).outcomes).cast::<Outcome>().add(index).read()
+                (&raw const (*self.channel).outcomes)
+                    .cast::<Outcome>()
+                    .add(index)
+                    .read()
             });
         }
         if alive {
@@ -200,7 +214,11 @@ impl Native {
             // SAFETY: plain system call; `status` outlives it.
             if unsafe { libc::waitpid(self.process, &raw mut status, libc::WNOHANG) } != 0 {
                 self.process = 0;
-                let step = if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { 0 };
+                let step = if libc::WIFEXITED(status) {
+                    libc::WEXITSTATUS(status)
+                } else {
+                    0
+                };
                 return Err(NativeError::Setup(child::step_name(step)));
             }
         }
@@ -228,9 +246,18 @@ fn wake(word: &AtomicU32) {
 
 /// Waits until `word` is no longer `seen`, or a little while.
 fn wait(word: &AtomicU32, seen: u32) {
-    let timeout = libc::timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+    let timeout = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 20_000_000,
+    };
     // SAFETY: `word` and `timeout` are alive during the call.
     unsafe {
-        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, seen, &raw const timeout)
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT,
+            seen,
+            &raw const timeout,
+        )
     };
 }

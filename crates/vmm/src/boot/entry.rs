@@ -47,7 +47,11 @@ pub(super) fn prepare(memory: &GuestMemory, entry: u64) -> Result<Registers, Err
     let task = segment(BOOT_TSS, TSS_ATTRIBUTES, TSS_LIMIT);
     let gdt = [0, 0, descriptor(&code), descriptor(&data)];
     super::write(memory, layout::BOOT_GDT, &words(gdt))?;
-    super::write(memory, layout::BOOT_PAGE_TABLES, &page_tables(layout::BOOT_PAGE_TABLES))?;
+    super::write(
+        memory,
+        layout::BOOT_PAGE_TABLES,
+        &page_tables(layout::BOOT_PAGE_TABLES),
+    )?;
 
     let mut gpr = [0; 16];
     gpr[4] = layout::BOOT_STACK;
@@ -60,7 +64,10 @@ pub(super) fn prepare(memory: &GuestMemory, entry: u64) -> Result<Registers, Err
         segments: [data, code, data, data, data, data],
         ldtr: Segment::default(),
         tr: task,
-        gdtr: DescriptorTable { base: layout::BOOT_GDT, limit: (size_of_val(&gdt) - 1) as u16 },
+        gdtr: DescriptorTable {
+            base: layout::BOOT_GDT,
+            limit: (size_of_val(&gdt) - 1) as u16,
+        },
         idtr: DescriptorTable::default(),
         cr0: CR0_PE | CR0_ET | CR0_NE | CR0_PG,
         cr3: layout::BOOT_PAGE_TABLES,
@@ -71,7 +78,12 @@ pub(super) fn prepare(memory: &GuestMemory, entry: u64) -> Result<Registers, Err
 }
 
 fn segment(selector: u16, attributes: u16, limit: u32) -> Segment {
-    Segment { selector, base: 0, limit, attributes }
+    Segment {
+        selector,
+        base: 0,
+        limit,
+        attributes,
+    }
 }
 
 /// The descriptor in memory of a segment at base 0 whose limit is in 4 KiB units.
@@ -95,7 +107,11 @@ fn page_tables(base: u64) -> Vec<u8> {
     let pdpt = base + PAGE;
     let directory = |gib: u64| pdpt + PAGE + gib * PAGE;
     let mut tables = table(vec![pdpt | TABLE_ENTRY]);
-    tables.extend(table((0..MAPPED_GIB).map(|gib| directory(gib) | TABLE_ENTRY).collect()));
+    tables.extend(table(
+        (0..MAPPED_GIB)
+            .map(|gib| directory(gib) | TABLE_ENTRY)
+            .collect(),
+    ));
     let pages = (0..MAPPED_GIB * GIB).step_by(LARGE_PAGE as usize);
     tables.extend(pages.map(|address| address | LARGE_PAGE_ENTRY));
     words(tables)

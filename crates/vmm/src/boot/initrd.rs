@@ -33,5 +33,9 @@ pub(super) fn read(parts: &[InitrdPart], memory: u64) -> Result<Vec<u8>, Error> 
 }
 
 fn error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    move |source| Error::Read { what: "initial RAM disk", path: path.to_owned(), source }
+    move |source| Error::Read {
+        what: "initial RAM disk",
+        path: path.to_owned(),
+        source,
+    }
 }

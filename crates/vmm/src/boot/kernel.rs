@@ -70,7 +70,10 @@ impl Kernel {
             path: path.to_owned(),
             source,
         })?;
-        Self::parse(file).map_err(|problem| Error::Kernel { path: path.to_owned(), problem })
+        Self::parse(file).map_err(|problem| Error::Kernel {
+            path: path.to_owned(),
+            problem,
+        })
     }
 
     fn parse(file: Vec<u8>) -> Result<Self, KernelProblem> {
@@ -80,7 +83,12 @@ impl Kernel {
             None => return Err(KernelProblem::NotAKernel(looks_like(&file))),
         };
         let (entry, segments) = segments(&elf)?;
-        Ok(Self { header, elf, entry, segments })
+        Ok(Self {
+            header,
+            elf,
+            entry,
+            segments,
+        })
     }
 
     /// The setup header, as the file has it.
@@ -105,7 +113,10 @@ impl Kernel {
 
     /// The end of the memory that the kernel takes before it knows of any other.
     pub(super) fn memory_end(&self) -> u64 {
-        let ends = self.segments.iter().map(|s| s.address.saturating_add(s.memory_size));
+        let ends = self
+            .segments
+            .iter()
+            .map(|s| s.address.saturating_add(s.memory_size));
         let start = self.segments.iter().map(|s| s.address).min().unwrap_or(0);
         let with_heap = start.saturating_add(self.header.init_size.into());
         ends.max().unwrap_or(0).max(with_heap)
@@ -125,7 +136,9 @@ impl Kernel {
 fn setup_header_of(file: &[u8]) -> Result<Option<setup_header>, KernelProblem> {
     let mut header = setup_header::default();
     let size = size_of::<setup_header>();
-    let Some(bytes) = file.get(HEADER_OFFSET..HEADER_OFFSET + size) else { return Ok(None) };
+    let Some(bytes) = file.get(HEADER_OFFSET..HEADER_OFFSET + size) else {
+        return Ok(None);
+    };
     header.as_mut_slice().copy_from_slice(bytes);
     let (flag, magic) = (header.boot_flag, header.header);
     if flag != BOOT_FLAG || magic != HEADER_MAGIC {
@@ -172,7 +185,9 @@ fn unpack_payload(header: &setup_header, file: &[u8]) -> Result<Vec<u8>, KernelP
     };
     let elf = unpack::unpack(payload)?;
     if !elf.starts_with(b"\x7fELF") {
-        return Err(KernelProblem::Damaged("what it unpacks to is no ELF file".into()));
+        return Err(KernelProblem::Damaged(
+            "what it unpacks to is no ELF file".into(),
+        ));
     }
     Ok(elf)
 }
@@ -182,7 +197,10 @@ fn segments(elf: &[u8]) -> Result<(u64, Vec<Segment>), KernelProblem> {
     let damaged = |what: &str| KernelProblem::Damaged(what.into());
     if elf.len() < size_of::<FileHeader64<LittleEndian>>() {
         let expected = size_of::<FileHeader64<LittleEndian>>() as u64;
-        return Err(KernelProblem::Truncated { length: elf.len() as u64, expected });
+        return Err(KernelProblem::Truncated {
+            length: elf.len() as u64,
+            expected,
+        });
     }
     check_machine(elf)?;
     let header = FileHeader64::<Endianness>::parse(elf)
@@ -192,7 +210,10 @@ fn segments(elf: &[u8]) -> Result<(u64, Vec<Segment>), KernelProblem> {
         let expected = header.e_phoff(endian).saturating_add(
             u64::from(header.e_phentsize(endian)) * u64::from(header.e_phnum(endian)),
         );
-        KernelProblem::Truncated { length: elf.len() as u64, expected }
+        KernelProblem::Truncated {
+            length: elf.len() as u64,
+            expected,
+        }
     })?;
     if table.iter().any(|entry| entry.p_type(endian) == PT_INTERP) {
         return Err(KernelProblem::NotAKernel(USER_PROGRAM));
@@ -202,7 +223,10 @@ fn segments(elf: &[u8]) -> Result<(u64, Vec<Segment>), KernelProblem> {
         let (offset, file_size) = (entry.p_offset(endian), entry.p_filesz(endian));
         let end = offset.saturating_add(file_size);
         if end > elf.len() as u64 {
-            return Err(KernelProblem::Truncated { length: elf.len() as u64, expected: end });
+            return Err(KernelProblem::Truncated {
+                length: elf.len() as u64,
+                expected: end,
+            });
         }
         let address = entry.p_paddr(endian);
         let memory_size = entry.p_memsz(endian).max(file_size);
@@ -213,7 +237,12 @@ fn segments(elf: &[u8]) -> Result<(u64, Vec<Segment>), KernelProblem> {
             return Err(damaged("it wants to be at addresses that are not memory"));
         }
         let (offset, file_size) = (offset as usize, file_size as usize);
-        segments.push(Segment { address, offset, file_size, memory_size });
+        segments.push(Segment {
+            address,
+            offset,
+            file_size,
+            memory_size,
+        });
     }
     let entry = header.e_entry(endian);
     let inside = |s: &Segment| entry >= s.address && entry - s.address < s.memory_size;
@@ -242,7 +271,9 @@ fn check_machine(elf: &[u8]) -> Result<(), KernelProblem> {
     }
     match kind {
         ET_EXEC | ET_DYN => Ok(()),
-        _ => Err(KernelProblem::NotAKernel("an object file or core dump (ELF)")),
+        _ => Err(KernelProblem::NotAKernel(
+            "an object file or core dump (ELF)",
+        )),
     }
 }
 
@@ -285,7 +316,10 @@ fn looks_like(file: &[u8]) -> &'static str {
         return "a disk image or boot sector";
     }
     let start = &file[..file.len().min(512)];
-    if start.iter().all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace()) {
+    if start
+        .iter()
+        .all(|byte| byte.is_ascii_graphic() || byte.is_ascii_whitespace())
+    {
         return "a text file";
     }
     if start.iter().all(|byte| *byte == 0) {

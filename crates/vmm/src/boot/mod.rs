@@ -62,9 +62,17 @@ impl Loaded {
         }
         let limit = kernel.command_line_limit();
         if command_line.len() > limit {
-            return Err(Error::CommandLineTooLong { length: command_line.len(), limit });
+            return Err(Error::CommandLineTooLong {
+                length: command_line.len(),
+                limit,
+            });
         }
-        let loaded = Self { kernel, initrd, command_line, cpus: source.cpus };
+        let loaded = Self {
+            kernel,
+            initrd,
+            command_line,
+            cpus: source.cpus,
+        };
         loaded.check_size(memory)?;
         Ok(loaded)
     }
@@ -81,7 +89,10 @@ impl Loaded {
         if memory >= kernel_end + WORKING_MEMORY && initrd > room {
             return Err(Error::InitrdTooLarge { size: initrd, room });
         }
-        Err(Error::TooLittleMemory { size: memory, minimum })
+        Err(Error::TooLittleMemory {
+            size: memory,
+            minimum,
+        })
     }
 
     /// The address that the RAM disk must end at or below.

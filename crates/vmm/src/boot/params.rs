@@ -32,7 +32,10 @@ pub(super) struct BootParams {
 impl BootParams {
     /// The zero page.
     pub(super) fn bytes(&self) -> Vec<u8> {
-        let mut params = boot_params { hdr: self.header, ..boot_params::default() };
+        let mut params = boot_params {
+            hdr: self.header,
+            ..boot_params::default()
+        };
         params.hdr.type_of_loader = LOADER_UNDEFINED;
         params.hdr.loadflags = params.hdr.loadflags & QUIET | LOADED_HIGH;
         params.hdr.cmd_line_ptr = self.command_line as u32;
@@ -66,9 +69,17 @@ pub(super) fn memory_map(ram: &[(u64, u64)]) -> Vec<boot_e820_entry> {
         entry(firmware.start, firmware.end, E820_RESERVED),
     ];
     for &(start, size) in ram {
-        map.push(entry(start.max(layout::HIGH_MEMORY), start + size, E820_RAM));
+        map.push(entry(
+            start.max(layout::HIGH_MEMORY),
+            start + size,
+            E820_RAM,
+        ));
     }
-    map.push(entry(layout::PCI_ECAM, layout::PCI_ECAM + PciLayout::ECAM_SIZE, E820_RESERVED));
+    map.push(entry(
+        layout::PCI_ECAM,
+        layout::PCI_ECAM + PciLayout::ECAM_SIZE,
+        E820_RESERVED,
+    ));
     map.sort_by_key(|entry| entry.addr);
     map
 }

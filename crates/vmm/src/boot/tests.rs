@@ -18,8 +18,12 @@ fn file(bytes: &[u8]) -> NamedTempFile {
 
 fn read(kernel: &[u8], initrd: &[InitrdPart], memory: u64) -> Result<Loaded, Error> {
     let kernel = file(kernel);
-    let source =
-        Source { kernel: kernel.path(), initrd, command_line: "console=ttyS0 quiet", cpus: 1 };
+    let source = Source {
+        kernel: kernel.path(),
+        initrd,
+        command_line: "console=ttyS0 quiet",
+        cpus: 1,
+    };
     Loaded::read(&source, memory)
 }
 
@@ -31,16 +35,29 @@ struct Booted {
 
 fn boot(kernel: &[u8], initrd: &[InitrdPart], size: u64) -> Booted {
     let memory = GuestMemory::new(size).unwrap();
-    let registers = read(kernel, initrd, size).unwrap().install(&memory).unwrap();
+    let registers = read(kernel, initrd, size)
+        .unwrap()
+        .install(&memory)
+        .unwrap();
     let mut params = boot_params::default();
-    memory.ram().read_slice(params.as_mut_slice(), GuestAddress(registers.gpr[6])).unwrap();
-    Booted { memory, registers, params }
+    memory
+        .ram()
+        .read_slice(params.as_mut_slice(), GuestAddress(registers.gpr[6]))
+        .unwrap();
+    Booted {
+        memory,
+        registers,
+        params,
+    }
 }
 
 impl Booted {
     fn bytes(&self, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
-        self.memory.ram().read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        self.memory
+            .ram()
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
         bytes
     }
 
@@ -168,7 +185,10 @@ fn the_memory_map_covers_ram_and_reserves_the_tables() {
 #[test]
 fn initrd_parts_are_padded_and_placed_as_high_as_memory_goes() {
     let part = file(b"first");
-    let parts = [InitrdPart::File(part.path().into()), InitrdPart::Bytes(b"second".into())];
+    let parts = [
+        InitrdPart::File(part.path().into()),
+        InitrdPart::Bytes(b"second".into()),
+    ];
 
     let booted = boot(&elf(), &parts, MEMORY);
 
@@ -195,7 +215,10 @@ fn an_initrd_file_larger_than_memory_is_refused_unread() {
     huge.as_file().set_len(1 << 40).unwrap();
     let parts = [InitrdPart::File(huge.path().into())];
 
-    assert!(matches!(read(&elf(), &parts, MEMORY), Err(Error::InitrdTooLarge { .. })));
+    assert!(matches!(
+        read(&elf(), &parts, MEMORY),
+        Err(Error::InitrdTooLarge { .. })
+    ));
 }
 
 #[test]
@@ -212,13 +235,24 @@ fn too_little_memory_is_refused_with_a_minimum_that_is_enough() {
 #[test]
 fn missing_files_are_named() {
     let missing = Path::new("/nonexistent/vmlinuz");
-    let source = Source { kernel: missing, initrd: &[], command_line: "", cpus: 1 };
+    let source = Source {
+        kernel: missing,
+        initrd: &[],
+        command_line: "",
+        cpus: 1,
+    };
     let error = Loaded::read(&source, MEMORY).err().unwrap();
-    assert_eq!(error.to_string(), "cannot read the kernel /nonexistent/vmlinuz");
+    assert_eq!(
+        error.to_string(),
+        "cannot read the kernel /nonexistent/vmlinuz"
+    );
 
     let parts = [InitrdPart::File("/nonexistent/initrd".into())];
     let error = read(&elf(), &parts, MEMORY).err().unwrap();
-    assert_eq!(error.to_string(), "cannot read the initial RAM disk /nonexistent/initrd");
+    assert_eq!(
+        error.to_string(),
+        "cannot read the initial RAM disk /nonexistent/initrd"
+    );
 }
 
 #[test]
@@ -226,12 +260,18 @@ fn a_truncated_kernel_is_said_to_be_truncated() {
     let image = bzimage(&pack(&elf(), Format::Lz4));
     for length in [image.len() - 1, 1100, 1024, 0x280] {
         let found = problem(&image[..length]);
-        assert!(matches!(found, KernelProblem::Truncated { .. }), "{length}: {found}");
+        assert!(
+            matches!(found, KernelProblem::Truncated { .. }),
+            "{length}: {found}"
+        );
     }
     let elf = elf();
     for length in [elf.len() - 1, 100, 64, 20] {
         let found = problem(&elf[..length]);
-        assert!(matches!(found, KernelProblem::Truncated { .. }), "{length}: {found}");
+        assert!(
+            matches!(found, KernelProblem::Truncated { .. }),
+            "{length}: {found}"
+        );
     }
 }
 
@@ -243,9 +283,15 @@ fn a_damaged_payload_is_said_to_be_damaged() {
         let at = payload.len() / 2;
         payload.drain(at..at + 8);
         let found = problem(&bzimage(&payload));
-        assert!(matches!(found, KernelProblem::Damaged(_)), "{format:?}: {found}");
+        assert!(
+            matches!(found, KernelProblem::Damaged(_)),
+            "{format:?}: {found}"
+        );
     }
-    assert!(matches!(problem(&bzimage(&[7; 100])), KernelProblem::Damaged(_)));
+    assert!(matches!(
+        problem(&bzimage(&[7; 100])),
+        KernelProblem::Damaged(_)
+    ));
     assert!(matches!(problem(&bzimage(&[])), KernelProblem::Damaged(_)));
     let lzo = problem(&bzimage(b"\x89LZO\0\x0d\x0a\x1a\x0a----"));
     assert_eq!(lzo, KernelProblem::Compression("LZO"));
@@ -266,11 +312,19 @@ fn a_kernel_for_another_machine_is_refused() {
 #[test]
 fn an_ordinary_program_is_not_taken_for_a_kernel() {
     let own = std::env::current_exe().unwrap();
-    let source = Source { kernel: &own, initrd: &[], command_line: "", cpus: 1 };
+    let source = Source {
+        kernel: &own,
+        initrd: &[],
+        command_line: "",
+        cpus: 1,
+    };
 
     let error = Loaded::read(&source, MEMORY).err().unwrap().to_string();
 
-    assert!(error.contains("not a Linux kernel but a program"), "{error}");
+    assert!(
+        error.contains("not a Linux kernel but a program"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -309,12 +363,23 @@ fn no_single_damaged_byte_of_a_kernel_panics_the_loader() {
 fn a_command_line_that_the_kernel_would_cut_off_is_refused() {
     let kernel = file(&bzimage(&pack(&elf(), Format::Gzip)));
     let try_line = |line: &str| {
-        let source = Source { kernel: kernel.path(), initrd: &[], command_line: line, cpus: 1 };
+        let source = Source {
+            kernel: kernel.path(),
+            initrd: &[],
+            command_line: line,
+            cpus: 1,
+        };
         Loaded::read(&source, MEMORY).err()
     };
 
     assert!(try_line(&"x".repeat(255)).is_none());
     let error = try_line(&"x".repeat(256));
-    assert!(matches!(error, Some(Error::CommandLineTooLong { length: 256, limit: 255 })));
+    assert!(matches!(
+        error,
+        Some(Error::CommandLineTooLong {
+            length: 256,
+            limit: 255
+        })
+    ));
     assert!(matches!(try_line("a\0b"), Some(Error::CommandLineNul)));
 }

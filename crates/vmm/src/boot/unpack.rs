@@ -29,22 +29,35 @@ pub(super) fn unpack(payload: &[u8]) -> Result<Vec<u8>, KernelProblem> {
         read_all("xz", size, lzma_rust2::XzReader::new(body, false))
     } else if body.starts_with(b"\x28\xb5\x2f\xfd") {
         let decoder = ruzstd::decoding::StreamingDecoder::new(body);
-        read_all("zstd", size, decoder.map_err(|error| damaged("zstd", &error))?)
+        read_all(
+            "zstd",
+            size,
+            decoder.map_err(|error| damaged("zstd", &error))?,
+        )
     } else if body.starts_with(b"BZh") {
         read_all("bzip2", size, bzip2::read::BzDecoder::new(body))
     } else if body.starts_with(b"\x5d\0\0") {
         let limit_kib = (SIZE_MAX >> 10) as u32;
         let decoder = lzma_rust2::LzmaReader::new_mem_limit(body, limit_kib, None);
-        read_all("lzma", size, decoder.map_err(|error| damaged("lzma", &error))?)
+        read_all(
+            "lzma",
+            size,
+            decoder.map_err(|error| damaged("lzma", &error))?,
+        )
     } else if let Some(blocks) = body.strip_prefix(LZ4_MAGIC) {
         lz4(blocks, size)
     } else if body.starts_with(b"\x89LZO") {
         return Err(KernelProblem::Compression("LZO"));
     } else {
-        return Err(KernelProblem::Damaged("its payload is in no known format".into()));
+        return Err(KernelProblem::Damaged(
+            "its payload is in no known format".into(),
+        ));
     }?;
     if unpacked.len() as u64 != u64::from(size) {
-        let text = format!("its payload unpacks to {} bytes, not {size}", unpacked.len());
+        let text = format!(
+            "its payload unpacks to {} bytes, not {size}",
+            unpacked.len()
+        );
         return Err(KernelProblem::Damaged(text));
     }
     Ok(unpacked)

@@ -72,9 +72,17 @@ fn config(console: SerialConsole) -> (MachineConfig, NamedTempFile) {
 }
 
 fn machine(guest: Guest, sink: &Sink, input: Option<Box<dyn Read + Send>>) -> Machine {
-    let (config, _kernel) = config(SerialConsole { output: Box::new(sink.clone()), input });
+    let (config, _kernel) = config(SerialConsole {
+        output: Box::new(sink.clone()),
+        input,
+    });
     let factory = move |_| -> Box<Factory> {
-        Box::new(move |_, _| Ok(Box::new(Fake { guest, thread: thread::current() })))
+        Box::new(move |_, _| {
+            Ok(Box::new(Fake {
+                guest,
+                thread: thread::current(),
+            }))
+        })
     };
     Machine::build_with(config, factory).unwrap()
 }
@@ -92,7 +100,8 @@ fn idle(stop: &AtomicBool) -> Halt {
 }
 
 fn print(bus: &dyn Bus, text: &[u8]) {
-    text.iter().for_each(|byte| bus.port_write(COM1, 1, (*byte).into()));
+    text.iter()
+        .for_each(|byte| bus.port_write(COM1, 1, (*byte).into()));
 }
 
 /// Puts the local APIC into x2APIC mode and enables it, as Linux does.
@@ -149,7 +158,10 @@ fn a_vcpu_that_cannot_go_on_ends_the_machine() {
     assert_eq!(run(|_, _| Halt::TripleFault), Outcome::TripleFault);
     let outcome = run(|_, _| Halt::Fatal("no such instruction".into()));
     assert_eq!(outcome, Outcome::Failed("no such instruction".into()));
-    assert!(matches!(run(|_, _| panic!("on purpose")), Outcome::Failed(_)));
+    assert!(matches!(
+        run(|_, _| panic!("on purpose")),
+        Outcome::Failed(_)
+    ));
 }
 
 #[test]
@@ -198,7 +210,10 @@ fn a_panic_told_by_pvpanic_outlives_the_reset_after_it() {
 #[test]
 fn a_reset_with_a_panic_report_on_the_console_is_a_panic() {
     let guest: Guest = |stop, bus| {
-        print(bus, b"[    0.5] Kernel panic - not syncing: No init found.\r\n");
+        print(
+            bus,
+            b"[    0.5] Kernel panic - not syncing: No init found.\r\n",
+        );
         bus.port_write(0xcf9, 1, 6);
         idle(stop)
     };
@@ -307,8 +322,10 @@ fn accesses_that_no_device_answers_read_all_ones_and_unknown_msrs_fault() {
 
 #[test]
 fn more_vcpus_than_can_be_run_are_refused() {
-    let (mut config, _kernel) =
-        config(SerialConsole { output: Box::new(io::sink()), input: None });
+    let (mut config, _kernel) = config(SerialConsole {
+        output: Box::new(io::sink()),
+        input: None,
+    });
     config.cpus = 2;
 
     assert!(matches!(Machine::build(config), Err(Error::Cpus(2))));
