@@ -154,19 +154,26 @@ impl Blocks {
     }
 
     /// Throws away the blocks that cover any of `length` bytes at physical `address`.
-    pub(crate) fn invalidate(&mut self, cache: &mut CodeCache, address: u64, length: u64) {
+    /// Returns their linear addresses.
+    pub(crate) fn invalidate(
+        &mut self,
+        cache: &mut CodeCache,
+        address: u64,
+        length: u64,
+    ) -> Vec<u64> {
         let page = address / PAGE_SIZE;
         let Some(list) = self.by_page.get(&page) else {
-            return;
+            return Vec::new();
         };
         let hit: Vec<u32> = list
             .iter()
             .copied()
             .filter(|&n| self.all[n as usize].overlaps(address, length))
             .collect();
-        for number in hit {
+        for &number in &hit {
             self.kill(cache, number);
         }
+        hit.iter().map(|&n| self.all[n as usize].key.rip).collect()
     }
 
     /// Whether any live block has bytes in the page.
@@ -179,7 +186,7 @@ impl Blocks {
     fn kill(&mut self, cache: &mut CodeCache, number: u32) {
         let block = &mut self.all[number as usize];
         block.alive = false;
-        // jump caches may still lead here: the entry becomes a jump to the stub before it
+        // whoever still leads here meets a jump to the stub before the entry
         let back = block.start as i64 - (i64::from(block.entry) + 2);
         cache.patch(block.entry as usize, &[0xeb, back as u8]);
         let incoming = std::mem::take(&mut block.incoming);

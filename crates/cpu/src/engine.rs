@@ -93,8 +93,8 @@ pub struct Cpu {
     raised: Option<Exception>,
     /// The next instruction runs as a block of its own, since it writes its own block.
     alone: bool,
-    /// The extended state that current jump-cache entries were made for.
-    extended: u8,
+    /// The control bits that current jump-cache entries were made under.
+    controls: (u64, u64, u64),
     device_writes: Arc<DeviceWrites>,
     statistics: Statistics,
 }
@@ -134,7 +134,7 @@ impl Cpu {
             bus: None,
             raised: None,
             alone: false,
-            extended: 0,
+            controls: (0, 0, 0),
             device_writes,
             statistics: Statistics::default(),
         })
@@ -243,8 +243,8 @@ impl Cpu {
         }
         let trap = self.core.state.rflags() & rflags::TF != 0;
         let single = trap || std::mem::take(&mut self.alone);
-        let entry = match self.find_block(single) {
-            Ok((_, entry)) => entry,
+        let entry = match self.find_entry(single) {
+            Ok(entry) => entry,
             Err(exception) => return self.deliver(bus, exception),
         };
         let entry = if shadow || single {
@@ -401,7 +401,9 @@ impl Cpu {
     }
 
     fn invalidate(&mut self, address: u64, length: u64) {
-        self.blocks.invalidate(&mut self.cache, address, length);
+        for rip in self.blocks.invalidate(&mut self.cache, address, length) {
+            self.core.forget_jump(rip);
+        }
         if !self.blocks.page_in_use(address) {
             self.core.memory.code().clear_page(address);
         }
@@ -427,13 +429,26 @@ impl Cpu {
         }
     }
 
+    /// Where to enter for where the guest is: from the jump cache, else `find_block`.
+    fn find_entry(&mut self, single: bool) -> Result<u64, Exception> {
+        let user = self.core.user();
+        let state = &self.core.state;
+        let controls = (state.cr0 & (cr0::EM | cr0::TS), state.cr4, state.xcr0);
+        if controls != self.controls {
+            // blocks depend on these through their mode, which jump caches do not tell
+            self.controls = controls;
+            self.core.flush_jumps();
+        }
+        let rip = self.core.state.rip;
+        match self.core.space().jump(user, rip) {
+            Some(entry) if !single => Ok(entry),
+            _ => Ok(self.find_block(single)?.1),
+        }
+    }
+
     /// The block for where the guest is, made if need be: its number and entry address.
     fn find_block(&mut self, single: bool) -> Result<(u32, u64), Exception> {
         let mode = self.mode(single);
-        if mode.extended != self.extended {
-            self.extended = mode.extended;
-            self.core.flush_jumps();
-        }
         let rip = self.core.state.rip;
         let (physical, global) = self.core.fetch_address(rip)?;
         let mut key = Key {

@@ -265,6 +265,21 @@ impl AddressSpace {
         }
     }
 
+    /// Where the block for `pc` is, if the jump cache knows.
+    pub(crate) fn jump(&self, user: bool, pc: u64) -> Option<u64> {
+        let entry = self.jumps[usize::from(user)][jump_index(pc)];
+        (entry.pc == pc && entry.code != 0).then_some(entry.code)
+    }
+
+    fn forget_jump(&mut self, pc: u64) {
+        let index = jump_index(pc);
+        for table in &mut self.jumps {
+            if table[index].pc == pc {
+                table[index] = invalid_jump(index);
+            }
+        }
+    }
+
     /// Enters where the block for `pc` is. `last` is the last byte of the block, `global`
     /// tells that its page is.
     pub(crate) fn insert_jump(&mut self, user: bool, pc: u64, last: u64, code: u64, global: bool) {
@@ -405,6 +420,13 @@ impl Core {
         }
     }
 
+    /// Drops what the jump caches know of `pc`, whose block went away.
+    pub(crate) fn forget_jump(&mut self, pc: u64) {
+        for space in &mut self.spaces {
+            space.forget_jump(pc);
+        }
+    }
+
     /// Empties all jump caches, when blocks went away.
     pub(crate) fn flush_jumps(&mut self) {
         for space in &mut self.spaces {
@@ -434,6 +456,15 @@ impl Core {
     /// Whether `linear` is canonical for 48-bit addresses.
     pub(crate) fn canonical(linear: u64) -> bool {
         ((linear as i64) << 16 >> 16) as u64 == linear
+    }
+
+    /// An access that leaves the canonical range is refused before its first page is looked
+    /// at. The first byte is checked with its page.
+    fn require_canonical_end(linear: u64, length: u64) -> Result<(), Exception> {
+        if Self::canonical(linear.wrapping_add(length.max(1) - 1)) {
+            return Ok(());
+        }
+        Err(Exception::general_protection(0))
     }
 
     fn is_user(&self, privilege: Privilege) -> bool {
@@ -633,6 +664,7 @@ impl Core {
         data: &mut [u8],
         privilege: Privilege,
     ) -> Result<(), Exception> {
+        Self::require_canonical_end(linear, data.len() as u64)?;
         let mut done = 0;
         while done < data.len() {
             let at = linear.wrapping_add(done as u64);
@@ -654,6 +686,7 @@ impl Core {
         length: u64,
         privilege: Privilege,
     ) -> Result<(), Exception> {
+        Self::require_canonical_end(linear, length)?;
         let last = linear.wrapping_add(length.max(1) - 1);
         let mut at = linear;
         loop {

@@ -119,7 +119,7 @@ fn fadt(dsdt: u64) -> FADT {
     fadt.finalize()
 }
 
-/// No PCAT_COMPAT flag (there is no 8259) and no overrides: global system interrupts are
+/// No `PCAT_COMPAT` flag (there is no 8259) and no overrides: global system interrupts are
 /// the I/O APIC's pins, edge-triggered and active high as the DSDT says.
 fn madt(cpus: u8) -> MADT {
     let controller = LocalInterruptController::Address(LAPIC_BASE as u32);
@@ -196,7 +196,7 @@ fn pvpanic() -> Vec<u8> {
     ))
 }
 
-/// Bus 0 with its windows. No _PRT: devices interrupt by MSI-X alone.
+/// Bus 0 with its windows. No `_PRT`: devices interrupt by MSI-X alone.
 fn pci_host(platform: &Platform) -> Vec<u8> {
     let last = |range: &Range<u64>| range.end - 1;
     let uncached = AddressSpaceCacheable::NotCacheable;
@@ -257,14 +257,14 @@ mod tests {
     }
 
     /// RSDP to XSDT to the table with `signature`.
-    fn find<'a>(image: &'a [u8], signature: &[u8; 4]) -> &'a [u8] {
+    fn find(image: &[u8], signature: [u8; 4]) -> &[u8] {
         let xsdt = table(image, u64_at(image, 24));
         let entries = xsdt[36..]
             .chunks(8)
             .map(|entry| table(image, u64_at(entry, 0)));
         entries
             .into_iter()
-            .find(|table| table[..4] == *signature)
+            .find(|table| table[..4] == signature)
             .unwrap()
     }
 
@@ -274,17 +274,17 @@ mod tests {
 
         assert_eq!(&image[..8], b"RSD PTR ");
         assert_eq!((sum(&image[..20]), sum(&image[..36])), (0, 0));
-        for signature in [b"FACP", b"APIC", b"MCFG"] {
+        for signature in [*b"FACP", *b"APIC", *b"MCFG"] {
             find(&image, signature);
         }
-        let dsdt = table(&image, u64_at(find(&image, b"FACP"), 140));
+        let dsdt = table(&image, u64_at(find(&image, *b"FACP"), 140));
         assert_eq!(&dsdt[..4], b"DSDT");
     }
 
     #[test]
     fn the_fadt_tells_of_a_hardware_reduced_platform_with_reset_and_sleep_registers() {
         let image = tables(&platform(1), ADDRESS);
-        let fadt = find(&image, b"FACP");
+        let fadt = find(&image, *b"FACP");
 
         let flags = u32_at(fadt, 112);
         assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn the_madt_lists_every_cpu_and_the_io_apic() {
         let image = tables(&platform(3), ADDRESS);
-        let madt = find(&image, b"APIC");
+        let madt = find(&image, *b"APIC");
 
         assert_eq!(u32_at(madt, 36), 0xfee0_0000);
         let mut rest = &madt[44..];
@@ -316,7 +316,7 @@ mod tests {
     #[test]
     fn the_mcfg_tells_where_configuration_space_is() {
         let image = tables(&platform(1), ADDRESS);
-        let mcfg = find(&image, b"MCFG");
+        let mcfg = find(&image, *b"MCFG");
 
         assert_eq!(u64_at(mcfg, 44), 0xe000_0000);
         assert_eq!((mcfg[54], mcfg[55]), (0, 0));

@@ -36,7 +36,7 @@ const BINARY: u8 = 1 << 2;
 const SET: u8 = 1 << 7;
 /// Status D: the battery is good.
 const VALID_RAM: u8 = 1 << 7;
-/// For how long before a second ends an update is announced (data sheet: t_BUC).
+/// For how long before a second ends an update is announced (`t_BUC` of the data sheet).
 const UPDATE_TIME: Duration = Duration::from_micros(244);
 
 /// The clock's registers.
@@ -89,7 +89,7 @@ impl Rtc {
         let status_b = self.memory[usize::from(STATUS_B)];
         match self.index {
             STATUS_A => {
-                let left = Duration::from_secs(1) - Duration::from_nanos(now.subsec_nanos().into());
+                let left = Duration::from_nanos((1_000_000_000 - now.subsec_nanos()).into());
                 let updating = left <= UPDATE_TIME && status_b & SET == 0;
                 let flag = if updating { UPDATE_IN_PROGRESS } else { 0 };
                 self.memory[usize::from(STATUS_A)] & !UPDATE_IN_PROGRESS | flag
@@ -147,7 +147,7 @@ impl Rtc {
         if self.memory[usize::from(STATUS_B)] & BINARY != 0 {
             value
         } else {
-            value / 10 << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -293,7 +293,7 @@ mod tests {
         let midnight = LEAP_DAY + Duration::from_secs(2);
         assert_eq!(get(&mut rtc, HOURS, midnight), 0x12);
         assert_eq!(
-            get(&mut rtc, HOURS, midnight + Duration::from_secs(12 * 3600)),
+            get(&mut rtc, HOURS, midnight + Duration::from_hours(12)),
             0x92
         );
     }

@@ -43,6 +43,8 @@ const TEST_PAGE_STRIDE: u64 = 3 * PAGE;
 const PORT: u16 = 0xe0;
 const KERNEL_CODE_SELECTOR: u16 = 0x10;
 const TSS_SELECTOR: u16 = 0x40;
+/// Of a 64-bit TSS without an I/O permission bitmap, in bytes, inclusive.
+const TSS_LIMIT: u64 = 103;
 /// How often the watchdog looks, in milliseconds; a case gets two to three such periods.
 const WATCHDOG_MILLISECONDS: u64 = 250;
 
@@ -197,7 +199,7 @@ fn set_mode(cpu: &mut Cpu, cr3: u64) {
     // a busy 64-bit TSS
     state.tr = Segment {
         base: SYSTEM_LINEAR + TSS,
-        limit: 103,
+        limit: TSS_LIMIT as u32,
         selector: TSS_SELECTOR,
         attributes: 0x008b,
     };
@@ -229,7 +231,7 @@ fn build(memory: &GuestMemory, pristine: &[[u8; PAGE_BYTES]]) -> Option<u64> {
     for page in 0..SYSTEM_PAGES {
         tables.map(
             SYSTEM_LINEAR + page * PAGE,
-            SYSTEM + page * PAGE | SUPERVISOR,
+            (SYSTEM + page * PAGE) | SUPERVISOR,
         )?;
     }
     for (index, &(linear, access)) in PAGES.iter().enumerate() {
@@ -292,7 +294,7 @@ fn write_descriptors(memory: &GuestMemory) -> Option<()> {
     put(GDT + u64::from(STACK_SELECTOR & !7), 0x00cf_f300_0000_ffff)?;
     put(GDT + u64::from(CODE_SELECTOR & !7), 0x00af_fb00_0000_ffff)?;
     let tss = SYSTEM_LINEAR + TSS;
-    let low = 103 | (tss & 0xff_ffff) << 16 | 0x8b << 40 | (tss >> 24 & 0xff) << 56;
+    let low = TSS_LIMIT | (tss & 0xff_ffff) << 16 | 0x8b << 40 | (tss >> 24 & 0xff) << 56;
     put(GDT + u64::from(TSS_SELECTOR), low)?;
     put(GDT + u64::from(TSS_SELECTOR) + 8, tss >> 32)?;
     // RSP0; and an I/O map base beyond the limit: no port is allowed

@@ -130,6 +130,7 @@ impl Program {
     }
 
     /// The program without item `index`; labels keep pointing at what follows.
+    #[must_use]
     pub fn without(&self, index: usize) -> Self {
         let mut shorter = self.clone();
         shorter.items.remove(index);

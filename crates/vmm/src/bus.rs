@@ -36,7 +36,7 @@ impl std::fmt::Debug for Buses {
         f.debug_struct("Buses")
             .field("ports", &ports)
             .field("mmio", &mmio)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

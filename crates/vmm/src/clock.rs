@@ -7,7 +7,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// KVM's and VMware's timing leaf: EAX is the TSC frequency in kHz.
+/// The timing leaf of KVM and others: EAX is the TSC frequency in kHz.
 const CPUID_HYPERVISOR_TIMING: u32 = 0x4000_0010;
 /// How long a measurement takes at least.
 const MEASURING_TIME: Duration = Duration::from_millis(10);
@@ -105,10 +105,7 @@ impl Calibration {
         if let Some(khz) = frequency_from_cpuid() {
             return khz;
         }
-        let elapsed = self.start.time.elapsed();
-        if elapsed < MEASURING_TIME {
-            sleep(MEASURING_TIME - elapsed);
-        }
+        sleep(MEASURING_TIME.saturating_sub(self.start.time.elapsed()));
         let end = Sample::take();
         let nanos = (end.time - self.start.time).as_nanos().max(1);
         let ticks = u128::from(end.tsc.saturating_sub(self.start.tsc));

@@ -342,9 +342,9 @@ mod tests {
     }
 
     fn send(port: &SerialPort, bytes: &[u8]) {
-        bytes
-            .iter()
-            .for_each(|byte| port.port_write(COM1_PORT, 1, (*byte).into()));
+        for byte in bytes {
+            port.port_write(COM1_PORT, 1, (*byte).into());
+        }
     }
 
     fn finish(port: &SerialPort) {

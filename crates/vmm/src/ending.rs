@@ -1,7 +1,7 @@
 //! How a machine ends: the first thing that ends it wins, and a guest that has panicked
 //! ends by panic, however it goes down after.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::sync::lock;
@@ -9,7 +9,7 @@ use crate::sync::lock;
 /// For how long a panicked guest is quiet before it is taken to have said all.
 const QUIET: Duration = Duration::from_secs(2);
 /// For how long a panicked guest may go on talking.
-const LAST_WORDS: Duration = Duration::from_secs(60);
+const LAST_WORDS: Duration = Duration::from_mins(1);
 
 /// How a machine's life ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,13 +47,20 @@ enum Panic {
 }
 
 /// Where everything that can end a machine reports to.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Ending {
     state: Mutex<State>,
     changed: Condvar,
+    /// Keeps vCPUs from running on, before the owner of the machine hears of the end.
+    halt: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Ending {
+    /// Sets what keeps the vCPUs from running on once the machine has ended.
+    pub(crate) fn set_halt(&self, halt: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.halt.set(halt);
+    }
+
     /// Ends the machine, if nothing has before.
     pub(crate) fn end(&self, outcome: Outcome) {
         let mut state = lock(&self.state);
@@ -67,6 +74,10 @@ impl Ending {
         let panicked = went_down && state.panic != Panic::None;
         state.outcome = Some(if panicked { Outcome::Panic } else { outcome });
         self.changed.notify_all();
+        drop(state);
+        if let Some(halt) = self.halt.get() {
+            halt();
+        }
     }
 
     /// The guest has begun to report a panic on its console.
@@ -140,15 +151,24 @@ impl Ending {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
 
     #[test]
-    fn the_first_end_wins() {
+    fn the_first_end_wins_and_halts_the_vcpus() {
         let ending = Ending::default();
+        let halts = Arc::new(AtomicU32::new(0));
+        let counter = Arc::clone(&halts);
+        ending.set_halt(Box::new(move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }));
         ending.end(Outcome::Reset);
         ending.end(Outcome::PowerOff);
 
         assert_eq!(ending.wait(), Outcome::Reset);
+        assert_eq!(halts.load(Ordering::Relaxed), 1);
     }
 
     #[test]
@@ -189,7 +209,7 @@ mod tests {
 
         ending.wait_with(quiet);
 
-        assert!(last.elapsed() >= quiet - Duration::from_millis(1));
+        assert!(last.elapsed() >= quiet * 9 / 10);
     }
 
     #[test]

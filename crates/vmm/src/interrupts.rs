@@ -61,7 +61,7 @@ impl Interrupts {
         if address & MSI_ADDRESS_MASK != MSI_ADDRESS {
             return;
         }
-        self.deliver_message(&Message {
+        self.deliver_message(Message {
             destination: (address >> 12) as u8,
             logical: address & 1 << 2 != 0,
             delivery_mode: (data >> 8 & 7) as u8,
@@ -74,11 +74,17 @@ impl Interrupts {
     pub fn set_line(&self, gsi: u8, asserted: bool) {
         let message = lock(&self.0.ioapic).set_line(gsi, asserted);
         if let Some(message) = message {
-            self.deliver_message(&message);
+            self.deliver_message(message);
         }
     }
 
-    fn deliver_message(&self, message: &Message) {
+    fn deliver_messages(&self, messages: Vec<Message>) {
+        for message in messages {
+            self.deliver_message(message);
+        }
+    }
+
+    fn deliver_message(&self, message: Message) {
         let destination = u32::from(message.destination);
         let target = match message.destination {
             0xff => Target::All,
@@ -130,9 +136,7 @@ impl Interrupts {
             Action::None => {}
             Action::Eoi(vector) => {
                 let messages = lock(&self.0.ioapic).end_of_interrupt(vector);
-                messages
-                    .iter()
-                    .for_each(|message| self.deliver_message(message));
+                self.deliver_messages(messages);
             }
             Action::Ipi(Ipi {
                 target: Target::Sender,
@@ -170,9 +174,7 @@ impl Interrupts {
     /// A store to the I/O APIC's MMIO page.
     pub(crate) fn ioapic_write(&self, offset: u64, data: &[u8]) {
         let messages = lock(&self.0.ioapic).mmio_write(offset, data);
-        messages
-            .iter()
-            .for_each(|message| self.deliver_message(message));
+        self.deliver_messages(messages);
     }
 
     /// Sets how vCPU `index` is woken. The first caller wins.
@@ -294,17 +296,17 @@ mod tests {
                 .with_lapic(0, |lapic| lapic.acknowledge(0))
                 .unwrap()
         };
+        let end = || {
+            let action = interrupts.with_lapic(0, |lapic| lapic.mmio_write(0xb0, &[0; 4], 0));
+            interrupts.act(0, action.unwrap());
+        };
         assert_eq!(take(), Some(0x51));
 
-        interrupts
-            .with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0))
-            .map(|a| interrupts.act(0, a));
+        end();
         assert_eq!(take(), Some(0x51));
 
         interrupts.set_line(9, false);
-        interrupts
-            .with_lapic(0, |l| l.mmio_write(0xb0, &[0; 4], 0))
-            .map(|a| interrupts.act(0, a));
+        end();
         assert_eq!(take(), None);
     }
 

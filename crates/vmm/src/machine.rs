@@ -136,7 +136,7 @@ impl Machine {
             pci: devices.pci(),
         });
         let timers = Timers::new(cpus);
-        let stop = AtomicBool::new(false);
+        let stop = Arc::new(AtomicBool::new(false));
         let shared = Shared {
             memory,
             buses,
@@ -146,6 +146,7 @@ impl Machine {
             ending,
             stop,
         };
+        shared.ending.set_halt(Box::new(shared.halt()));
         output.start(console.output).map_err(Error::Thread)?;
         let machine = Self {
             shared: Arc::new(shared),
@@ -182,7 +183,7 @@ impl Machine {
         // A vCPU may be waiting for room in the output queue.
         self.serial.close();
         self.output.close();
-        self.shared.stop();
+        self.shared.halt()();
         for vcpu in vcpus {
             // One that panicked has ended the machine by itself.
             let _ = vcpu.join();

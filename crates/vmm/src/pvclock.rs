@@ -133,7 +133,7 @@ mod tests {
         } else {
             ticks << shift
         };
-        (u128::from(ticks) * u128::from(multiplier) >> 32) as u64
+        ((u128::from(ticks) * u128::from(multiplier)) >> 32) as u64
     }
 
     #[test]

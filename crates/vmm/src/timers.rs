@@ -136,7 +136,7 @@ mod tests {
         let (sender, woken) = mpsc::channel();
         for index in 0..2 {
             let sender = sender.clone();
-            interrupts.attach(index, Box::new(move || drop(sender.send(index))));
+            interrupts.attach(index, Box::new(move || sender.send(index).unwrap()));
         }
         let timers = Timers::new(2);
         let thread = timers.start(clock, interrupts).unwrap();

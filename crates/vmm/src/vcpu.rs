@@ -29,15 +29,18 @@ pub(crate) struct Shared {
     pub(crate) timers: Timers,
     pub(crate) clock: Clock,
     pub(crate) ending: Arc<Ending>,
-    /// Set to end every vCPU's run.
-    pub(crate) stop: AtomicBool,
+    /// Set to end every vCPU's run, which are then woken.
+    pub(crate) stop: Arc<AtomicBool>,
 }
 
 impl Shared {
-    /// Ends every vCPU's run.
-    pub(crate) fn stop(&self) {
-        self.stop.store(true, Ordering::SeqCst);
-        self.interrupts.wake_all();
+    /// What ends every vCPU's run.
+    pub(crate) fn halt(&self) -> impl Fn() + Send + Sync + use<> {
+        let (stop, interrupts) = (Arc::clone(&self.stop), self.interrupts.clone());
+        move || {
+            stop.store(true, Ordering::SeqCst);
+            interrupts.wake_all();
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The machines that are compared, and what is done with one: a boot, or the rows.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -28,6 +28,14 @@ pub(crate) struct Strata {
 }
 
 impl Strata {
+    /// A program that is there.
+    pub(crate) fn at(program: &Path) -> Self {
+        Self {
+            program: program.to_owned(),
+        }
+    }
+
+    /// Builds the program.
     pub(crate) fn build() -> Result<Self, Error> {
         let mut build = checks::cargo();
         build.args(["build", "--release", "--package", "strata"]);

@@ -12,6 +12,7 @@ mod parts;
 mod report;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 
@@ -38,6 +39,9 @@ pub(crate) struct Args {
     /// Sides to leave out, for work on the others
     #[arg(long, value_enum)]
     skip: Vec<Side>,
+    /// A strata that is built already, instead of this tree's
+    #[arg(long, value_name = "FILE")]
+    strata: Option<PathBuf>,
     /// Form of the report
     #[arg(long, value_enum, default_value_t = Form::Text)]
     output: Form,
@@ -105,7 +109,13 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
     }
     let parts = Parts::make()?;
     if wanted(Side::Strata) {
-        guests.insert(0, Box::new(Strata::build()?));
+        guests.insert(
+            0,
+            Box::new(match &args.strata {
+                Some(program) => Strata::at(program),
+                None => Strata::build()?,
+            }),
+        );
     }
 
     let boot = if args.rows_only {

@@ -62,7 +62,7 @@ impl Timer {
     /// Encodings 0 to 6 divide by 2 to 128, 7 by 1.
     fn divisor(&self) -> u64 {
         let code = self.divide >> 1 & 4 | self.divide & 3;
-        1 << (code + 1 & 7)
+        1 << ((code + 1) & 7)
     }
 
     /// TSC ticks in `count` counts of the divided clock.

@@ -24,13 +24,13 @@ pub(super) struct Builder {
 }
 
 impl Builder {
-    pub(super) fn new(registers: Registers, xsave: Xsave) -> Self {
+    pub(super) fn new(registers: Registers, xsave: &Xsave) -> Self {
         Self {
             program: Program {
                 items: Vec::new(),
                 code_address: CODE,
                 registers,
-                xsave,
+                xsave: *xsave,
                 patches: Vec::new(),
                 fixups: Vec::new(),
             },

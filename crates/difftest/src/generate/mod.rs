@@ -46,11 +46,11 @@ pub fn program(catalog: &Catalog, rng: &mut Rng, index: u64) -> (Program, Case) 
 }
 
 fn nothing(rng: &mut Rng) -> Program {
-    Builder::new(state::registers(rng), state::extended(rng)).program
+    Builder::new(state::registers(rng), &state::extended(rng)).program
 }
 
 fn start(rng: &mut Rng) -> Builder {
-    let mut builder = Builder::new(state::registers(rng), state::extended(rng));
+    let mut builder = Builder::new(state::registers(rng), &state::extended(rng));
     builder.place(rng);
     builder
 }

@@ -41,7 +41,7 @@ pub(super) fn pattern(
     let image = place(rng);
     clear_header(builder, image);
     use_image(builder, rng, save, image);
-    for _ in 0..1 + rng.below(4) {
+    for _ in 0..=rng.below(4) {
         filler(builder, rng);
     }
     if rng.chance(85) {

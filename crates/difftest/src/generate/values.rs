@@ -1,5 +1,10 @@
 //! Operand values: mostly edges, because edges are where CPUs and emulators differ.
 
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "rounded numbers are as good as others"
+)]
+
 use crate::layout;
 use crate::rng::Rng;
 

@@ -358,7 +358,7 @@ impl Server {
         // SAFETY: on an AVX host the kernel stores an XSAVE image in standard format, whose
         // AVX part ends at XSAVE_SIZE; the two memories are apart.
         unsafe {
-            frame.copy_to_nonoverlapping(outcome.xsave.0.as_mut_ptr(), outcome.xsave.0.len())
+            frame.copy_to_nonoverlapping(outcome.xsave.0.as_mut_ptr(), outcome.xsave.0.len());
         };
         outcome.xsave.normalise();
         let pristine = self.pristine();

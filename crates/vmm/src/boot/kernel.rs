@@ -23,7 +23,7 @@ const HEADER_OFFSET: usize = 0x1f1;
 const BZIMAGE_MIN: usize = 1024;
 /// `boot_flag`.
 const BOOT_FLAG: u16 = 0xaa55;
-/// `header`: "HdrS".
+/// `header`: `HdrS`.
 const HEADER_MAGIC: u32 = 0x5372_6448;
 /// The first boot protocol that tells where the payload is.
 const MIN_PROTOCOL: u16 = 0x0208;

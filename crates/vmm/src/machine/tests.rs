@@ -100,8 +100,9 @@ fn idle(stop: &AtomicBool) -> Halt {
 }
 
 fn print(bus: &dyn Bus, text: &[u8]) {
-    text.iter()
-        .for_each(|byte| bus.port_write(COM1, 1, (*byte).into()));
+    for byte in text {
+        bus.port_write(COM1, 1, (*byte).into());
+    }
 }
 
 /// Puts the local APIC into x2APIC mode and enables it, as Linux does.
