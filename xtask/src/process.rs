@@ -32,12 +32,22 @@ pub(crate) fn succeed(what: &str, command: &mut Command) -> Result<(), Error> {
     })
 }
 
-/// Runs `command` and gives its output and wall time. It is killed after `limit`; that, and
-/// any other end but success, is an error with the last lines of its output.
+/// How long a program may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// Until it writes something for the first time.
+    pub(crate) silence: Duration,
+    /// In all.
+    pub(crate) total: Duration,
+}
+
+/// Runs `command` and gives its output and wall time. It is killed when it exceeds
+/// `limits`; that, and any other end but success, is an error with the last lines of its
+/// output.
 pub(crate) fn measure(
     what: &str,
     command: &mut Command,
-    limit: Duration,
+    limits: Limits,
 ) -> Result<Measured, Error> {
     command
         .stdin(Stdio::null())
@@ -45,23 +55,22 @@ pub(crate) fn measure(
         .stderr(Stdio::piped());
     let begin = Instant::now();
     let mut child = command.spawn().map_err(start(what))?;
-    let (ended, end) = mpsc::channel::<()>();
-    let watchdog = watch(&child, limit, end);
-    let errors = child
-        .stderr
-        .take()
-        .map(|pipe| thread::spawn(|| drain(pipe)));
-    let output = child.stdout.take().map(drain).unwrap_or_default();
+    let (signs, life) = mpsc::channel();
+    let watchdog = watch(&child, limits, life);
+    let errors = child.stderr.take();
+    let errors = errors.map(|pipe| thread::spawn(move || drain(pipe, &mpsc::channel().0)));
+    let output = child.stdout.take().map(|pipe| drain(pipe, &signs));
+    let output = output.unwrap_or_default();
     let status = child.wait().map_err(start(what))?;
     let wall = begin.elapsed();
-    drop(ended);
+    drop(signs);
     let late = watchdog.join().unwrap_or(false);
     let errors = errors.map(|t| t.join().unwrap_or_default());
     if status.success() && !late {
         return Ok(Measured { wall, output });
     }
     let how = if late {
-        format!("was not done after {} s", limit.as_secs())
+        format!("took more than {limits:?}")
     } else {
         format!("failed: {status}")
     };
@@ -74,12 +83,20 @@ pub(crate) fn measure(
     })
 }
 
-/// Kills `child` unless the sender of `end` is dropped within `limit`. Its thread says
-/// whether it did.
-fn watch(child: &Child, limit: Duration, end: mpsc::Receiver<()>) -> thread::JoinHandle<bool> {
+/// Kills `child` when it exceeds `limits`: `signs` of life come with its output, and its end
+/// drops their sender. The thread says whether it did.
+fn watch(child: &Child, limits: Limits, signs: mpsc::Receiver<()>) -> thread::JoinHandle<bool> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     thread::spawn(move || {
-        let late = end.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
+        let begin = Instant::now();
+        let mut limit = limits.silence;
+        let late = loop {
+            match signs.recv_timeout(limit) {
+                Ok(()) if begin.elapsed() >= limits.total => break true,
+                Ok(()) => limit = limits.total.saturating_sub(begin.elapsed()),
+                Err(reason) => break reason == mpsc::RecvTimeoutError::Timeout,
+            }
+        };
         if late && let Some(pid) = pid {
             // It is not waited for before its output ended, so the number is still its own.
             let _ = kill_process(pid, Signal::KILL);
@@ -88,9 +105,13 @@ fn watch(child: &Child, limit: Duration, end: mpsc::Receiver<()>) -> thread::Joi
     })
 }
 
-fn drain(mut pipe: impl Read) -> String {
+fn drain(mut pipe: impl Read, signs: &mpsc::Sender<()>) -> String {
     let mut bytes = Vec::new();
-    let _ = pipe.read_to_end(&mut bytes);
+    let mut part = [0; 4096];
+    while let Ok(count @ 1..) = pipe.read(&mut part) {
+        bytes.extend_from_slice(&part[..count]);
+        let _ = signs.send(());
+    }
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
@@ -103,18 +124,32 @@ fn start(what: &str) -> impl FnOnce(std::io::Error) -> Error {
 mod tests {
     use super::*;
 
+    fn limits(silence: u64, total: u64) -> Limits {
+        Limits {
+            silence: Duration::from_millis(silence),
+            total: Duration::from_millis(total),
+        }
+    }
+
     #[test]
     fn a_program_that_takes_too_long_is_killed_and_an_error() {
         let mut command = Command::new("sleep");
-        let ended = measure("sleep", command.arg("600"), Duration::from_millis(50));
-        assert!(matches!(ended, Err(Error::Ended { how, .. }) if how.contains("not done")));
+        let ended = measure("sleep", command.arg("600"), limits(50, 600_000));
+        assert!(matches!(ended, Err(Error::Ended { how, .. }) if how.contains("more than")));
+    }
+
+    #[test]
+    fn a_program_that_goes_on_for_ever_is_killed_although_it_talks() {
+        let mut command = Command::new("yes");
+        let ended = measure("yes", &mut command, limits(60_000, 50));
+        assert!(matches!(ended, Err(Error::Ended { how, .. }) if how.contains("more than")));
     }
 
     #[test]
     fn the_error_of_a_failed_program_shows_what_it_said() {
         let mut command = Command::new("sh");
         command.args(["-c", "echo why >&2; exit 3"]);
-        let ended = measure("sh", &mut command, Duration::from_mins(1));
+        let ended = measure("sh", &mut command, limits(60_000, 60_000));
         assert!(matches!(ended, Err(Error::Ended { how, .. }) if how.contains("why")));
     }
 }

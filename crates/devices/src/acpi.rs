@@ -24,7 +24,10 @@ use acpi_tables::xsdt::XSDT;
 
 use crate::ioapic::IOAPIC_BASE;
 use crate::lapic::LAPIC_BASE;
-use crate::pm::{RESET_PORT, RESET_VALUE, SLEEP_PORT, SLEEP_TYPE_S5, TIMER_PORT};
+use crate::pm::{
+    CONTROL_LENGTH, CONTROL_PORT, EVENT_LENGTH, EVENT_PORT, RESET_PORT, RESET_VALUE, SCI_GSI,
+    SLEEP_TYPE_S5, TIMER_PORT,
+};
 use crate::pvpanic::PVPANIC_PORT;
 use crate::rtc::{CENTURY, PORTS as RTC_PORTS, RTC_PORT};
 use crate::serial::{COM1_GSI, COM1_PORT, PORTS as SERIAL_PORTS};
@@ -102,7 +105,6 @@ fn fadt(dsdt: u64) -> FADT {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .dsdt_64(dsdt)
-        .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
@@ -111,8 +113,13 @@ fn fadt(dsdt: u64) -> FADT {
     fadt.century = CENTURY;
     fadt.reset_reg = port(RESET_PORT, 8, AccessSize::ByteAccess);
     fadt.reset_value = RESET_VALUE;
-    fadt.sleep_control_reg = port(SLEEP_PORT, 8, AccessSize::ByteAccess);
-    fadt.sleep_status_reg = port(SLEEP_PORT + 1, 8, AccessSize::ByteAccess);
+    fadt.sci_int = SCI_GSI.into();
+    fadt.pm1a_evt_blk = u32::from(EVENT_PORT).into();
+    fadt.pm1_evt_len = EVENT_LENGTH;
+    fadt.x_pm1a_evt_blk = port(EVENT_PORT, 32, AccessSize::WordAccess);
+    fadt.pm1a_cnt_blk = u32::from(CONTROL_PORT).into();
+    fadt.pm1_cnt_len = CONTROL_LENGTH;
+    fadt.x_pm1a_cnt_blk = port(CONTROL_PORT, 16, AccessSize::WordAccess);
     fadt.pm_tmr_blk = u32::from(TIMER_PORT).into();
     fadt.pm_tmr_len = 4;
     fadt.x_pm_tmr_blk = port(TIMER_PORT, 32, AccessSize::DwordAccess);
@@ -282,20 +289,23 @@ mod tests {
     }
 
     #[test]
-    fn the_fadt_tells_of_a_hardware_reduced_platform_with_reset_and_sleep_registers() {
+    fn the_fadt_tells_of_pm1_blocks_and_the_reset_register() {
         let image = tables(&platform(1), ADDRESS);
         let fadt = find(&image, *b"FACP");
 
         let flags = u32_at(fadt, 112);
-        assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
+        // A reset register, and not hardware-reduced.
+        assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 10);
         // Reset register: I/O space, 8 bits, port 0xcf9, value 6.
         assert_eq!(
             (fadt[116], fadt[117], u64_at(fadt, 120), fadt[128]),
             (1, 8, 0xcf9, 6)
         );
-        // Sleep control and status.
-        assert_eq!((fadt[244], u64_at(fadt, 248)), (1, 0x600));
-        assert_eq!((fadt[256], u64_at(fadt, 260)), (1, 0x601));
+        // PM1a event and control blocks, with their lengths.
+        assert_eq!((u32_at(fadt, 56), fadt[88]), (0x600, 4));
+        assert_eq!((u32_at(fadt, 64), fadt[89]), (0x604, 2));
+        assert_eq!((fadt[148], u64_at(fadt, 152)), (1, 0x600));
+        assert_eq!((fadt[172], u64_at(fadt, 176)), (1, 0x604));
     }
 
     #[test]

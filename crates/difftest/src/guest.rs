@@ -241,6 +241,10 @@ fn build(memory: &GuestMemory, pristine: &[[u8; PAGE_BYTES]]) -> Option<u64> {
             Access::Code => USER | WRITABLE,
         };
         tables.map(linear, test_page(index) | rights)?;
+        if access == Access::Code {
+            let alias = linear - layout::CODE + layout::ALIAS;
+            tables.map(alias, test_page(index) | USER | WRITABLE | NO_EXECUTE)?;
+        }
         let contents = pristine.get(index)?;
         memory
             .ram()

@@ -15,6 +15,9 @@ pub const CODE: u64 = 0x1000_0000;
 /// Bytes of code pages.
 pub const CODE_SIZE: u64 = 2 * PAGE;
 
+/// Where the code pages can be written, but not run, at another linear address.
+pub const ALIAS: u64 = 0x1004_0000;
+
 /// Base of the data window; see [`PAGES`] for what is mapped in it.
 pub const DATA: u64 = 0x1001_0000;
 /// Two neighbouring writable pages with a hole before and after.

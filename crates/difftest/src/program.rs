@@ -4,7 +4,7 @@
 use iced_x86::{Decoder, DecoderOptions, Encoder, FastFormatter, Instruction};
 
 use crate::case::{CODE_MAX, Case, PATCH_MAX, PATCH_SIZE, Patch, Registers, Xsave};
-use crate::layout::INT3;
+use crate::layout::{ALIAS, CODE, INT3};
 
 /// What an item is encoded from.
 #[derive(Clone, Debug)]
@@ -24,6 +24,8 @@ pub enum Reference {
     Immediate,
     /// By the other's address as the memory operand, RIP-relative.
     Memory,
+    /// By the address at which the other can be written, as the memory operand.
+    Alias,
 }
 
 /// One instruction of a program.
@@ -180,6 +182,7 @@ pub(crate) fn encode(
             Reference::Branch => instruction.set_near_branch64(target),
             Reference::Immediate => instruction.set_immediate64(target),
             Reference::Memory => instruction.set_memory_displacement64(target),
+            Reference::Alias => instruction.set_memory_displacement64(target - CODE + ALIAS),
         }
     }
     let mut encoder = Encoder::try_new(64).ok()?;

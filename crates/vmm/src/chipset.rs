@@ -48,7 +48,7 @@ impl PortDevice for PowerPorts {
     }
 
     fn port_write(&self, port: u16, _size: u8, value: u32) {
-        match lock(&self.power).write(port, value as u8) {
+        match lock(&self.power).write(port, value as u16) {
             Some(Request::PowerOff) => self.ending.end(Outcome::PowerOff),
             Some(Request::Reset) => self.ending.end(Outcome::Reset),
             None => {}
@@ -147,7 +147,7 @@ pub(crate) fn buses(parts: Parts) -> Buses {
     buses.add_ports(COM1_PORT..COM1_PORT + serial::PORTS, serial);
     buses.add_ports(PVPANIC_PORT..PVPANIC_PORT + 1, pvpanic);
     buses.add_ports(
-        pm::SLEEP_PORT..pm::SLEEP_PORT + pm::SLEEP_PORTS,
+        pm::EVENT_PORT..pm::CONTROL_PORT + u16::from(pm::CONTROL_LENGTH),
         power.clone(),
     );
     buses.add_ports(pm::TIMER_PORT..pm::TIMER_PORT + 4, power.clone());

@@ -35,6 +35,7 @@ const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const TSC_AUX: u32 = 0xc000_0103;
 const SYSCFG: u32 = 0xc001_0010;
 const HWCR: u32 = 0xc001_0015;
+const NB_CFG: u32 = 0xc001_001f;
 const PATCH_LOADER: u32 = 0xc001_0020;
 const DE_CFG: u32 = 0xc001_1029;
 
@@ -49,6 +50,7 @@ const MISC_ENABLE_FIXED: u64 = 1 | 1 << 11 | 1 << 12;
 const HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
 /// LFENCE serialises.
 const DE_CFG_LFENCE: u64 = 1 << 1;
+const NB_CFG_ENABLE_CF8_EXT: u64 = 1 << 46;
 /// IBRS, STIBP, SSBD.
 const SPEC_CTRL_BITS: u64 = 0b111;
 
@@ -176,6 +178,8 @@ fn read(core: &Core, bus: &dyn Bus, msr: u32) -> Result<u64, Exception> {
         SYSCFG if !intel => 0,
         HWCR if !intel => HWCR_TSC_FREQ_SEL,
         DE_CFG if !intel => DE_CFG_LFENCE,
+        // extended configuration access, which Linux switches on where it finds it off
+        NB_CFG if !intel => NB_CFG_ENABLE_CF8_EXT,
         _ => return fault(),
     })
 }
@@ -225,7 +229,7 @@ fn write(core: &mut Core, msr: u32, value: u64) -> Done {
         // update signals and switches without effect here
         BIOS_SIGN_ID => {}
         DEBUGCTL if value & !3 == 0 => {}
-        SYSCFG | HWCR | PATCH_LOADER | DE_CFG if !intel => {}
+        SYSCFG | HWCR | NB_CFG | PATCH_LOADER | DE_CFG if !intel => {}
         _ => return fault(),
     }
     Ok(())

@@ -137,7 +137,11 @@ fn spoil(program: &mut Program, rng: &mut Rng) {
     ];
     let index = rng.index(program.items.len());
     // what is to be rewritten keeps its length
-    let rewritten = |i: &Item| i.target == Some((Reference::Memory, index));
+    let rewritten = |item: &Item| {
+        item.target.is_some_and(|(way, target)| {
+            target == index && matches!(way, Reference::Memory | Reference::Alias)
+        })
+    };
     if program.items.iter().any(rewritten) {
         return;
     }

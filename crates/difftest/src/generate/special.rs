@@ -303,6 +303,7 @@ fn self_modification(
         return;
     };
     let looped = rng.chance(50);
+    let way = rng.pick(&[Reference::Memory, Reference::Memory, Reference::Alias]);
     if looped {
         builder.load(RCX, 2);
         let top = builder.length();
@@ -311,7 +312,7 @@ fn self_modification(
             filler(builder, rng);
         }
         builder.push(store);
-        builder.last_target(Reference::Memory, top);
+        builder.last_target(way, top);
         close_loop(builder, rng, top, 2);
     } else {
         builder.push(store);
@@ -320,7 +321,7 @@ fn self_modification(
             filler(builder, rng);
         }
         let place = builder.length();
-        builder.aim_at(position, Reference::Memory, place);
+        builder.aim_at(position, way, place);
         builder.push(old);
     }
     // what the decoder would say of the old instruction no longer holds

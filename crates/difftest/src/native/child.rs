@@ -105,34 +105,50 @@ pub(crate) fn has_fsgsbase() -> bool {
 }
 
 fn map_pages(pristine: &[[u8; PAGE_BYTES]]) -> bool {
-    for (&(address, access), contents) in PAGES.iter().zip(pristine) {
-        let protection = match access {
-            Access::ReadOnly => libc::PROT_READ,
-            Access::Writable => libc::PROT_READ | libc::PROT_WRITE,
-            Access::Code => libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
-        };
-        // SAFETY: MAP_FIXED_NOREPLACE takes no address that is in use; the copy stays
-        // within the page just mapped.
-        unsafe {
-            let page = libc::mmap(
-                address as *mut c_void,
-                PAGE_BYTES,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
-                -1,
-                0,
-            );
-            if page as u64 != address {
-                return false;
-            }
-            page.cast::<[u8; PAGE_BYTES]>()
-                .copy_from_nonoverlapping(contents, 1);
-            if libc::mprotect(page, PAGE_BYTES, protection) != 0 {
-                return false;
-            }
-        }
+    const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the name is a NUL-terminated literal.
+    let code = unsafe { libc::memfd_create(c"code".as_ptr(), libc::MFD_CLOEXEC) };
+    // SAFETY: `code` is ours; a failure shows in the mappings below.
+    if unsafe { libc::ftruncate(code, layout::CODE_SIZE as i64) } != 0 {
+        return false;
     }
-    true
+    PAGES.iter().zip(pristine).all(|(&(address, access), contents)| {
+        let (protection, file) = match access {
+            Access::ReadOnly => (libc::PROT_READ, None),
+            Access::Writable => (READ_WRITE, None),
+            Access::Code => (READ_WRITE | libc::PROT_EXEC, Some(code)),
+        };
+        let offset = address.wrapping_sub(layout::CODE);
+        // SAFETY: `map_page` mapped the page for writing; the copy stays within it.
+        unsafe {
+            map_page(address, file, offset)
+                && (file.is_none() || map_page(layout::ALIAS + offset, file, offset))
+                && {
+                    (address as *mut [u8; PAGE_BYTES]).copy_from_nonoverlapping(contents, 1);
+                    libc::mprotect(address as *mut c_void, PAGE_BYTES, protection) == 0
+                }
+        }
+    })
+}
+
+/// Maps a page of `file`, or a fresh one, readable and writable at an address not in use.
+fn map_page(address: u64, file: Option<c_int>, offset: u64) -> bool {
+    let (flags, fd, offset) = match file {
+        Some(fd) => (libc::MAP_SHARED, fd, offset),
+        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+    };
+    // SAFETY: MAP_FIXED_NOREPLACE takes no address that is in use.
+    let page = unsafe {
+        libc::mmap(
+            address as *mut c_void,
+            PAGE_BYTES,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags | libc::MAP_FIXED_NOREPLACE,
+            fd,
+            offset as i64,
+        )
+    };
+    page as u64 == address
 }
 
 /// # Safety

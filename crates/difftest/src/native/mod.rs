@@ -45,6 +45,9 @@ pub enum NativeError {
     /// Memory shared with the process could not be mapped.
     #[error("cannot map memory to share with the host-side process")]
     Map(#[source] io::Error),
+    /// The host has no AVX, so the two machines' extended state cannot be the same.
+    #[error("the differential test needs a host with AVX")]
+    NoAvx,
     /// The process could not be started.
     #[error("cannot fork the host-side process")]
     Fork(#[source] io::Error),
@@ -65,6 +68,9 @@ pub struct Native {
 impl Native {
     /// Forks the first process.
     pub fn new() -> Result<Self, NativeError> {
+        if !std::arch::is_x86_feature_detected!("avx") {
+            return Err(NativeError::NoAvx);
+        }
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches no
         // memory that exists already.
         let channel = unsafe {
