@@ -1,9 +1,8 @@
 //! The ACPI tables of the machine (ACPI 6.5), built once at boot.
 //!
 //! Called by the machine, which says where things are and writes the result into guest
-//! memory. The platform is hardware-reduced: no SCI, no PM1 blocks, no 8259, no 8254; it is
-//! turned off by the sleep control register and reset by the reset register
-//! (see [`crate::pm`]).
+//! memory. The platform has PM1 blocks but no SMI, no 8259 and no 8254; it is turned off by
+//! PM1 control and reset by the reset register (see [`crate::pm`]).
 
 use std::ops::Range;
 

@@ -144,7 +144,7 @@ mod tests {
             pm.write(RESET_PORT, RESET_VALUE.into()),
             Some(Request::Reset)
         );
-        assert_eq!(pm.read(RESET_PORT), RESET_VALUE.into());
+        assert_eq!(pm.read(RESET_PORT), u16::from(RESET_VALUE));
         assert_eq!(pm.write(RESET_PORT, RESET_VALUE.into()), None);
     }
 

@@ -48,7 +48,8 @@ impl PortDevice for PowerPorts {
     }
 
     fn port_write(&self, port: u16, _size: u8, value: u32) {
-        match lock(&self.power).write(port, value as u16) {
+        let request = lock(&self.power).write(port, value as u16);
+        match request {
             Some(Request::PowerOff) => self.ending.end(Outcome::PowerOff),
             Some(Request::Reset) => self.ending.end(Outcome::Reset),
             None => {}

@@ -14,7 +14,9 @@ use super::asm::{
 };
 use super::classify::Class;
 use super::thunks::{Thunks, slow_index, tag_offset};
-use crate::mmu::{AddressSpace, JUMP_ENTRIES, JumpEntry, TLB_ENTRIES, TlbEntry, jump_index};
+use crate::mmu::{
+    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, TLB_ENTRIES, TlbEntry, jump_index,
+};
 use crate::state::{rflags, state_offset};
 
 /// Where the guest's status flags are.
@@ -347,7 +349,13 @@ impl<'a> Lower<'a> {
         let entry = size_of::<TlbEntry>();
         let a = &mut self.asm;
         a.mov(T1, T0);
-        a.shift(5, T1, 12 - entry.trailing_zeros() as u8);
+        if user {
+            a.shift(5, T1, 12 - entry.trailing_zeros() as u8);
+        } else {
+            a.shift(5, T1, 12);
+            a.raw(&[0x4d, 0x31, 0xd3]); // xor r11, r10
+            a.shift(5, T1, 12 - entry.trailing_zeros() as u8);
+        }
         a.and32(T1, ((TLB_ENTRIES - 1) * entry) as u32);
         a.alu_gs(Alu::Add, T1, state_offset!(space));
         let tag = tag_offset(user, store);
@@ -766,11 +774,11 @@ impl<'a> Lower<'a> {
             return;
         }
         let a = &mut self.asm;
-        a.mov(T1, T0);
-        a.shift(5, T1, 12);
-        a.raw(&[0x45, 0x31, 0xd3]); // xor r11d, r10d
-        a.and32(T1, (JUMP_ENTRIES - 1) as u32);
-        a.shift(4, T1, size_of::<JumpEntry>().trailing_zeros() as u8);
+        let entry = size_of::<JumpEntry>();
+        a.raw(&[0x4d, 0x69, 0xda]); // imul r11, r10, JUMP_HASH
+        a.raw(&JUMP_HASH.to_le_bytes());
+        a.shift(5, T1, JUMP_SHIFT - entry.trailing_zeros() as u8);
+        a.and32(T1, ((JUMP_ENTRIES - 1) * entry) as u32);
         a.alu_gs(Alu::Add, T1, state_offset!(space));
         let entry = jumps_offset(self.mode.user);
         a.alu_mem(Alu::Cmp, T0, T1, entry);
