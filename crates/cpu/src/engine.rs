@@ -200,6 +200,9 @@ impl Cpu {
             }
         };
         signal::set_window(None);
+        // the guest's x87 state is saved; a pending exception of it must not meet host code
+        // SAFETY: FNINIT only resets the x87 state, which Rust code does not use.
+        unsafe { std::arch::asm!("fninit", options(nomem, nostack)) };
         self.bus = None;
         exit
     }

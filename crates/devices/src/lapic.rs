@@ -5,8 +5,6 @@
 //! delivers what comes back: an [`Ipi`] to send, or the vector of an [`Action::Eoi`] to
 //! broadcast to the I/O APIC. It never reads a clock and never wakes anybody.
 
-use std::time::Duration;
-
 mod registers;
 mod timer;
 
@@ -563,11 +561,6 @@ impl Lapic {
 /// §11.12.10.2: cluster in the high half, a bit within it in the low.
 fn x2apic_logical_id(id: u32) -> u32 {
     (id >> 4) << 16 | 1 << (id & 0xf)
-}
-
-/// TSC ticks in `duration` at `tsc_khz`, rounded down.
-pub fn tsc_ticks(duration: Duration, tsc_khz: u64) -> u64 {
-    (duration.as_nanos() * u128::from(tsc_khz) / 1_000_000) as u64
 }
 
 #[cfg(test)]

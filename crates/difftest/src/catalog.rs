@@ -16,6 +16,8 @@ pub struct Catalog {
     codes: Vec<Code>,
     /// Which they are, by number.
     member: Vec<bool>,
+    /// The host's kernel punishes locked accesses that straddle cache lines.
+    aligns_locks: bool,
 }
 
 impl Catalog {
@@ -35,7 +37,19 @@ impl Catalog {
                 codes.push(code);
             }
         }
-        Self { codes, member }
+        let aligns_locks = std::fs::read_to_string("/proc/cpuinfo")
+            .is_ok_and(|text| text.contains("split_lock_detect"));
+        Self {
+            codes,
+            member,
+            aligns_locks,
+        }
+    }
+
+    /// Whether locked accesses must be aligned: where Linux detects split locks it slows
+    /// them down a thousandfold, or ends them with #AC.
+    pub fn aligns_locks(&self) -> bool {
+        self.aligns_locks
     }
 
     /// All testable instructions.

@@ -106,17 +106,6 @@ pub(crate) fn build(busybox: &[u8], kernel_release: &str, set: &Set) -> Vec<u8> 
         archive.file(path, *mode, text.as_bytes());
     }
 
-    let wanted: Vec<&str> = REQUIRED_MODULES
-        .iter()
-        .chain(OPTIONAL_MODULES)
-        .copied()
-        .filter(|name| set.contains_key(*name))
-        .collect();
-    archive.file(
-        "lib/strata/modules",
-        0o644,
-        format!("{}\n", wanted.join(" ")).as_bytes(),
-    );
     let directory = format!("lib/modules/{kernel_release}");
     archive.directory(&directory, 0o755);
     for module in set.values() {
@@ -150,22 +139,23 @@ mod tests {
     }
 
     #[test]
-    fn only_modules_that_exist_are_asked_for() {
+    fn every_driver_that_the_guest_loads_is_asked_for() {
+        let main = include_str!("../guest/main");
+        for name in REQUIRED_MODULES.iter().chain(OPTIONAL_MODULES) {
+            assert!(main.contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn modules_are_where_modprobe_looks_for_them() {
         let module = modules::parse("virtio-rng.ko", module_file("depends=\0")).unwrap();
         let set = Set::from([("virtio_rng".to_owned(), module)]);
 
         let entries = read(&build(b"busybox", "6.1.0", &set));
 
-        let list = entries
-            .iter()
-            .find(|e| e.0 == "lib/strata/modules")
-            .unwrap();
-        assert_eq!(list.2, b"virtio_rng\n");
-        assert!(
-            entries
-                .iter()
-                .any(|e| e.0 == "lib/modules/6.1.0/virtio-rng.ko")
-        );
+        let has = |name: &str| entries.iter().any(|entry| entry.0 == name);
+        assert!(has("lib/modules/6.1.0/virtio-rng.ko"));
+        assert!(has("lib/modules/6.1.0/modules.dep"));
     }
 
     #[test]

@@ -23,9 +23,6 @@ use crate::supervisor::{Stop, Stopper};
 /// How much of the console's output is kept for error reports, bytes.
 const TAIL_BYTES: usize = 64 << 10;
 
-/// What Linux writes when it panics (`kernel/panic.c`).
-const PANIC: &str = "Kernel panic - not syncing";
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -52,21 +49,6 @@ impl Tail {
             .map(|line| line.trim_end_matches('\r').to_owned())
             .collect();
         lines[lines.len().saturating_sub(count)..].to_vec()
-    }
-
-    /// Whether the kernel wrote that it panics. A guest may lack the driver that tells its
-    /// machine so, and then only resets.
-    pub(crate) fn shows_panic(&self) -> bool {
-        self.lines(usize::MAX).iter().any(|line| {
-            let text = match line.strip_prefix('[') {
-                // After the time stamp, as in "[    1.234567] ".
-                Some(rest) => rest
-                    .split_once("] ")
-                    .map_or(line.as_str(), |(_, text)| text),
-                None => line,
-            };
-            text.starts_with(PANIC)
-        })
     }
 }
 
@@ -312,29 +294,5 @@ mod tests {
         }
         assert_eq!(tail.lines(2), ["line 19998", "line 19999"]);
         assert!(lock(&tail.0).len() <= TAIL_BYTES);
-    }
-
-    #[test]
-    fn a_panic_is_seen_with_and_without_time_stamp() {
-        for line in [
-            "[    1.234567] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n",
-            "Kernel panic - not syncing: Fatal exception\n",
-        ] {
-            let mut output = output("");
-            output.write_all(b"boot\r\n").unwrap();
-            output.write_all(line.as_bytes()).unwrap();
-            assert!(output.tail().shows_panic(), "{line}");
-        }
-    }
-
-    #[test]
-    fn words_about_a_panic_are_none() {
-        let mut output = output("");
-        output
-            .write_all(
-                b"$ echo Kernel panic - not syncing\n[note] about: Kernel panic - not syncing\n",
-            )
-            .unwrap();
-        assert!(!output.tail().shows_panic());
     }
 }

@@ -152,7 +152,6 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         stop: stop.get(),
         status,
         tail: (show == Show::Hidden).then_some(&tail),
-        panicked: tail.shows_panic(),
     }
     .tell())
 }
@@ -224,7 +223,6 @@ struct Ended<'a> {
     status: Option<Status>,
     /// The console's last output, where the user has not seen it.
     tail: Option<&'a Tail>,
-    panicked: bool,
 }
 
 impl Ended<'_> {
@@ -268,9 +266,6 @@ impl Ended<'_> {
             }
             Outcome::PowerOff | Outcome::Reset => {}
         }
-        if self.panicked && matches!(self.outcome, Outcome::Reset) {
-            return died(End::KernelPanic, "the guest's kernel panicked and reset");
-        }
         let Some(progress) = self.status.as_ref().map(Status::progress) else {
             return (End::Done, None);
         };
@@ -294,7 +289,7 @@ mod tests {
 
     use super::*;
 
-    fn judge(outcome: Outcome, status: Option<&str>, panicked: bool) -> End {
+    fn judge(outcome: Outcome, status: Option<&str>) -> End {
         let status = status.map(|text| {
             let mut status = Status::default();
             status.write_all(text.as_bytes()).unwrap();
@@ -305,52 +300,39 @@ mod tests {
             stop: None,
             status,
             tail: None,
-            panicked,
         };
         ended.judge().0
     }
 
     #[test]
     fn power_off_and_reboot_end_a_run_well() {
-        assert_eq!(judge(Outcome::PowerOff, None, false), End::Done);
-        assert_eq!(judge(Outcome::Reset, None, false), End::Done);
+        assert_eq!(judge(Outcome::PowerOff, None), End::Done);
+        assert_eq!(judge(Outcome::Reset, None), End::Done);
     }
 
     #[test]
     fn a_commands_status_is_the_runs() {
         let status = Some("ready\nexit 7\n");
-        assert_eq!(judge(Outcome::PowerOff, status, false), End::Command(7));
+        assert_eq!(judge(Outcome::PowerOff, status), End::Command(7));
     }
 
     #[test]
     fn a_command_that_powers_off_ends_the_run_well() {
-        assert_eq!(judge(Outcome::PowerOff, Some("ready\n"), false), End::Done);
+        assert_eq!(judge(Outcome::PowerOff, Some("ready\n")), End::Done);
     }
 
     #[test]
     fn a_guest_that_never_started_the_command_is_a_failure() {
-        assert_eq!(
-            judge(Outcome::PowerOff, Some(""), false),
-            End::CommandNotStarted
-        );
-        assert_eq!(
-            judge(Outcome::Reset, Some(""), false),
-            End::CommandNotStarted
-        );
+        assert_eq!(judge(Outcome::PowerOff, Some("")), End::CommandNotStarted);
+        assert_eq!(judge(Outcome::Reset, Some("")), End::CommandNotStarted);
     }
 
     #[test]
     fn death_of_the_guest_outweighs_the_commands_status() {
         let status = Some("ready\nexit 0\n");
-        assert_eq!(judge(Outcome::Panic, status, false), End::KernelPanic);
-        assert_eq!(judge(Outcome::TripleFault, status, false), End::TripleFault);
+        assert_eq!(judge(Outcome::Panic, status), End::KernelPanic);
+        assert_eq!(judge(Outcome::TripleFault, status), End::TripleFault);
         let failed = Outcome::Failed("x".into());
-        assert_eq!(judge(failed, status, false), End::MachineFailed);
-    }
-
-    #[test]
-    fn a_reset_after_a_panic_on_the_console_is_a_panic() {
-        assert_eq!(judge(Outcome::Reset, None, true), End::KernelPanic);
-        assert_eq!(judge(Outcome::PowerOff, None, true), End::Done);
+        assert_eq!(judge(failed, status), End::MachineFailed);
     }
 }

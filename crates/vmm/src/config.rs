@@ -30,7 +30,7 @@ pub struct MachineConfig {
 /// What runs the vCPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Accel {
-    /// The best that works on this host.
+    /// The best that works on this host; so far that is always the software CPU.
     #[default]
     Auto,
     /// The software CPU. Never opens `/dev/kvm`.

@@ -4,6 +4,7 @@
 //! Called by devices' glue from any thread and by vCPUs for their own local APIC. Lock
 //! order: I/O APIC, then a local APIC; neither is held while a vCPU is woken.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use strata_devices::ioapic::{IoApic, Message};
@@ -29,6 +30,8 @@ struct Vcpu {
 struct Inner {
     vcpus: Vec<Vcpu>,
     ioapic: Mutex<IoApic>,
+    /// A message of a kind that is not delivered was seen and logged.
+    refused: AtomicBool,
 }
 
 /// A machine's interrupt controllers. Clones are the same controllers.
@@ -53,6 +56,7 @@ impl Interrupts {
         Self(Arc::new(Inner {
             vcpus,
             ioapic: Mutex::new(IoApic::new()),
+            refused: AtomicBool::new(false),
         }))
     }
 

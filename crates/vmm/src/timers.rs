@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use crate::clock::{Clock, tsc};
+use crate::clock::{Clock, tsc, wake_on_time};
 use crate::interrupts::Interrupts;
 use crate::sync::lock;
 
@@ -69,6 +69,7 @@ impl Timers {
     }
 
     fn run(&self, clock: &Clock, interrupts: &Interrupts) {
+        wake_on_time();
         let mut ended = lock(&self.0.ended);
         while !*ended {
             let now = tsc();

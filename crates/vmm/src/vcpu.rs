@@ -14,7 +14,7 @@ use strata_hypervisor::{Bus, Halt, Processor};
 use strata_memory::GuestMemory;
 
 use crate::bus::Buses;
-use crate::clock::{Clock, tsc};
+use crate::clock::{Clock, tsc, wake_on_time};
 use crate::ending::{Ending, Outcome};
 use crate::interrupts::{Interrupts, Wake};
 use crate::pvclock::PvClock;
@@ -230,6 +230,7 @@ impl Drop for Watchdog<'_> {
 /// What a vCPU's thread does: makes the processor, runs it, reports how it ended.
 pub(crate) fn run(shared: &Arc<Shared>, index: usize, factory: &Factory) {
     let _watchdog = Watchdog(&shared.ending);
+    wake_on_time();
     let mut vcpu = match factory(shared, index as u32) {
         Ok(vcpu) => vcpu,
         Err(reason) => {

@@ -12,7 +12,7 @@ use crate::{Error, checks, root};
 /// Guest memory on both sides.
 const MEMORY: &str = "512M";
 /// A machine that has booted says so at once, and the rows come one by one.
-const LIMITS: Limits = Limits {
+pub(super) const LIMITS: Limits = Limits {
     silence: Duration::from_mins(1),
     total: Duration::from_mins(20),
 };
@@ -99,8 +99,17 @@ impl Guest for Tcg {
             .arg(&parts.kernel)
             .arg("-initrd")
             .arg(&parts.initrd)
-            // microvm has no reset device that Linux tries by itself: a triple fault resets it
-            .args(["-append", &format!("{} reboot=t", command_line(words))]);
+            // microvm has no reset device that Linux tries by itself: a triple fault resets
+            // it. Its TSC is the host's, but on a busy host Linux fails to measure it, or
+            // gives it up for jiffies.
+            .args([
+                "-append",
+                &format!(
+                    "{} reboot=t tsc=reliable tsc_early_khz={}",
+                    command_line(words),
+                    parts.tsc_khz
+                ),
+            ]);
         command
     }
 }
@@ -122,8 +131,8 @@ fn run(guest: &dyn Guest, parts: &Parts, words: &str) -> Result<Measured, Error>
     let mut attempt = 1;
     loop {
         match process::measure(&what, &mut guest.command(parts, words), LIMITS) {
-            // On a busy host its kernel may fail to calibrate its clock and then spin before
-            // it says anything. That is not what is measured here.
+            // On a busy host its kernel may spin before it says anything. That is not what
+            // is measured here.
             Err(_) if guest.side() == Side::Tcg && attempt < ATTEMPTS => {
                 eprintln!("{what} did not boot; once more");
                 attempt += 1;

@@ -9,6 +9,7 @@ use std::process::Command;
 use strata_image::{Archive, Cache, Progress};
 use tempfile::TempDir;
 
+use super::guests::LIMITS;
 use crate::{Error, packages, process, root};
 
 /// What the guest's script prints when user space has begun.
@@ -26,6 +27,8 @@ pub(crate) struct Parts {
     pub(crate) initrd: PathBuf,
     /// The benchmark program, statically linked.
     pub(crate) program: PathBuf,
+    /// Frequency of the host's time stamp counter.
+    pub(crate) tsc_khz: u64,
     _directory: TempDir,
 }
 
@@ -35,7 +38,8 @@ impl Parts {
         let directory = tempfile::tempdir()
             .map_err(Error::file("create a directory in", &std::env::temp_dir()))?;
         let program = directory.path().join("guest-bench");
-        compile(&root().join("bench/guest-bench.c"), &program)?;
+        compile("guest-bench.c", &program)?;
+        let tsc_khz = tsc_khz(directory.path())?;
 
         let appliance = Cache::of_user()?.appliance(&mut Lines)?;
         let initrd = directory.path().join("initrd");
@@ -48,15 +52,26 @@ impl Parts {
             kernel: appliance.kernel,
             initrd,
             program,
+            tsc_khz,
             _directory: directory,
         })
     }
 }
 
-fn compile(source: &Path, program: &Path) -> Result<(), Error> {
+/// Compiles one of the programs in the folder `bench`.
+fn compile(source: &str, program: &Path) -> Result<(), Error> {
+    let source = root().join("bench").join(source);
     let mut gcc = Command::new(packages::GCC.require()?);
     gcc.args(["-O2", "-static", "-o"]).arg(program).arg(source);
     process::succeed("gcc", &mut gcc)
+}
+
+fn tsc_khz(directory: &Path) -> Result<u64, Error> {
+    let program = directory.join("tsc-khz");
+    compile("tsc-khz.c", &program)?;
+    let done = process::measure("tsc-khz", &mut Command::new(program), LIMITS)?;
+    let khz = done.output.trim().parse();
+    khz.map_err(|_| Error::Output(format!("tsc-khz printed '{}'", done.output)))
 }
 
 /// The initramfs segment that follows the appliance's own.

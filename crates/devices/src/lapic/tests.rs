@@ -423,8 +423,3 @@ fn a_periodic_count_fires_again_and_leaves_out_missed_periods() {
     assert_eq!(lapic.acknowledge(5500), Some(0xec));
     assert_eq!(lapic.next_timer(), Some(6000));
 }
-
-#[test]
-fn durations_convert_to_tsc_ticks() {
-    assert_eq!(tsc_ticks(Duration::from_millis(3), TSC_KHZ), 6_000_000);
-}

@@ -74,7 +74,7 @@ fn sequence(catalog: &Catalog, rng: &mut Rng) -> Option<Program> {
         }
     };
     for _ in 0..length {
-        if rng.chance(4) {
+        if rng.chance(6) {
             special::pattern(&mut builder, rng, &mut filler);
         } else {
             filler(&mut builder, rng);

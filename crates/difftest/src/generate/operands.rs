@@ -4,6 +4,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind as Kind, OpKind, R
 
 use super::builder::{Builder, RSP, gpr_number};
 use super::{memory, values};
+use crate::catalog::Catalog;
 use crate::rng::Rng;
 
 /// Appends an instruction of the given kind, with what it needs before it. False if it
@@ -144,8 +145,13 @@ fn set_memory(
     instruction: &mut Instruction,
     operand: u32,
 ) -> bool {
-    let size = instruction.code().op_code().memory_size().size() as u64;
-    let linear = memory::address(rng, size, builder.program.code_address);
+    let op_code = instruction.code().op_code();
+    let size = op_code.memory_size().size() as u64;
+    let mut linear = memory::address(rng, size, builder.program.code_address);
+    let may_lock = op_code.can_use_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg;
+    if may_lock && Catalog::shared().aligns_locks() {
+        linear &= !(size.next_power_of_two().max(1) - 1);
+    }
     super::special::on_memory(builder, rng, instruction, linear);
     memory::set_operand(builder, rng, instruction, operand, linear)
 }

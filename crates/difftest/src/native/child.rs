@@ -112,23 +112,26 @@ fn map_pages(pristine: &[[u8; PAGE_BYTES]]) -> bool {
     if unsafe { libc::ftruncate(code, layout::CODE_SIZE as i64) } != 0 {
         return false;
     }
-    PAGES.iter().zip(pristine).all(|(&(address, access), contents)| {
-        let (protection, file) = match access {
-            Access::ReadOnly => (libc::PROT_READ, None),
-            Access::Writable => (READ_WRITE, None),
-            Access::Code => (READ_WRITE | libc::PROT_EXEC, Some(code)),
-        };
-        let offset = address.wrapping_sub(layout::CODE);
-        // SAFETY: `map_page` mapped the page for writing; the copy stays within it.
-        unsafe {
-            map_page(address, file, offset)
-                && (file.is_none() || map_page(layout::ALIAS + offset, file, offset))
-                && {
-                    (address as *mut [u8; PAGE_BYTES]).copy_from_nonoverlapping(contents, 1);
-                    libc::mprotect(address as *mut c_void, PAGE_BYTES, protection) == 0
-                }
-        }
-    })
+    PAGES
+        .iter()
+        .zip(pristine)
+        .all(|(&(address, access), contents)| {
+            let (protection, file) = match access {
+                Access::ReadOnly => (libc::PROT_READ, None),
+                Access::Writable => (READ_WRITE, None),
+                Access::Code => (READ_WRITE | libc::PROT_EXEC, Some(code)),
+            };
+            let offset = address.wrapping_sub(layout::CODE);
+            // SAFETY: `map_page` mapped the page for writing; the copy stays within it.
+            unsafe {
+                map_page(address, file, offset)
+                    && (file.is_none() || map_page(layout::ALIAS + offset, file, offset))
+                    && {
+                        (address as *mut [u8; PAGE_BYTES]).copy_from_nonoverlapping(contents, 1);
+                        libc::mprotect(address as *mut c_void, PAGE_BYTES, protection) == 0
+                    }
+            }
+        })
 }
 
 /// Maps a page of `file`, or a fresh one, readable and writable at an address not in use.

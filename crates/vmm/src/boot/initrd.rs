@@ -1,7 +1,8 @@
 //! The initial RAM disk: files and bytes put together, each part padded to 4 bytes so that
 //! the kernel finds the cpio archive that begins the next.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::Path;
 
 use crate::config::InitrdPart;
@@ -24,15 +25,27 @@ pub(super) fn read(parts: &[InitrdPart], memory: u64) -> Result<Vec<u8>, Error> 
     let mut initrd = Vec::with_capacity(size as usize + parts.len() * ALIGNMENT);
     for part in parts {
         match part {
-            InitrdPart::File(path) => initrd.extend(fs::read(path).map_err(error(path))?),
+            InitrdPart::File(path) => {
+                read_file(path, memory, &mut initrd).map_err(error(path))?;
+            }
             InitrdPart::Bytes(bytes) => initrd.extend_from_slice(bytes),
+        }
+        let size = initrd.len() as u64;
+        if size > memory {
+            return Err(Error::InitrdTooLarge { size, room: memory });
         }
         initrd.resize(initrd.len().next_multiple_of(ALIGNMENT), 0);
     }
     Ok(initrd)
 }
 
-fn error(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+/// Appends a file, which may be a pipe and have no size, and no more than can fit.
+fn read_file(path: &Path, memory: u64, initrd: &mut Vec<u8>) -> io::Result<usize> {
+    let limit = (memory + 1).saturating_sub(initrd.len() as u64);
+    File::open(path)?.take(limit).read_to_end(initrd)
+}
+
+fn error(path: &Path) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Read {
         what: "initial RAM disk",
         path: path.to_owned(),

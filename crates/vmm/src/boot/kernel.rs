@@ -1,6 +1,7 @@
 //! A kernel file: a bzImage whose payload is unpacked here, or an ELF `vmlinux`.
 
-use std::fs;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 
 use linux_loader::bootparam::setup_header;
@@ -17,6 +18,8 @@ use super::unpack;
 use crate::error::{Error, KernelProblem};
 use crate::layout;
 
+/// More than any kernel has, with all its debugging information.
+const FILE_MAX: u64 = 2 << 30;
 /// Where the setup header is in a bzImage.
 const HEADER_OFFSET: usize = 0x1f1;
 /// Bytes that any bzImage has: boot sector and the first setup sector.
@@ -65,7 +68,7 @@ struct Segment {
 impl Kernel {
     /// Reads and checks the file at `path`.
     pub(super) fn read(path: &Path) -> Result<Self, Error> {
-        let file = fs::read(path).map_err(|source| Error::Read {
+        let file = read_file(path).map_err(|source| Error::Read {
             what: "kernel",
             path: path.to_owned(),
             source,
@@ -130,6 +133,13 @@ impl Kernel {
         }
         Ok(())
     }
+}
+
+/// Reads a file, which may be a pipe, and no more of it than a kernel can have.
+fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = Vec::new();
+    File::open(path)?.take(FILE_MAX).read_to_end(&mut file)?;
+    Ok(file)
 }
 
 /// The setup header, if `file` is a bzImage.

@@ -105,6 +105,11 @@ fn print(bus: &dyn Bus, text: &[u8]) {
     }
 }
 
+/// S5 and sleep enable to PM1 control.
+fn power_off(bus: &dyn Bus) {
+    bus.port_write(0x604, 2, 5 << 10 | 1 << 13);
+}
+
 /// Puts the local APIC into x2APIC mode and enables it, as Linux does.
 fn enable_x2apic(bus: &dyn Bus) {
     let base = bus.msr_read(APIC_BASE).unwrap();
@@ -129,7 +134,7 @@ fn all_output_before_a_power_off_is_written_when_run_returns() {
     let sink = Sink::default();
     let guest: Guest = |stop, bus| {
         print(bus, &b"all of this\n".repeat(10_000));
-        bus.port_write(0x600, 1, 5 << 2 | 1 << 5);
+        power_off(bus);
         idle(stop)
     };
 
@@ -232,7 +237,7 @@ fn a_local_apic_timer_interrupts_a_running_vcpu() {
         assert_eq!(bus.next_timer(), Some(deadline));
         let vector = wait_for_interrupt(bus);
         if vector == Some(0xec) && tsc() >= deadline && bus.next_timer().is_none() {
-            bus.port_write(0x600, 1, 5 << 2 | 1 << 5);
+            power_off(bus);
         }
         idle(stop)
     };
@@ -254,7 +259,7 @@ fn console_input_interrupts_the_guest_through_the_io_apic() {
                 let byte = bus.port_read(COM1, 1) as u8;
                 print(bus, &[byte.to_ascii_uppercase()]);
             }
-            bus.port_write(0x600, 1, 5 << 2 | 1 << 5);
+            power_off(bus);
         }
         idle(stop)
     };
@@ -274,7 +279,7 @@ fn the_pci_bus_is_reached_by_ports_and_by_ecam() {
         let mut by_ecam = [0; 4];
         bus.mmio_read(layout::PCI_ECAM, &mut by_ecam);
         if by_ports != u32::MAX && by_ports == u32::from_le_bytes(by_ecam) {
-            bus.port_write(0x600, 1, 5 << 2 | 1 << 5);
+            power_off(bus);
         }
         idle(stop)
     };
@@ -295,7 +300,7 @@ fn the_local_apic_answers_by_mmio_until_it_is_in_x2apic_mode() {
         let after = version();
         let by_msr = bus.msr_read(0x803);
         if by_msr == Some(before.into()) && after == u32::MAX {
-            bus.port_write(0x600, 1, 5 << 2 | 1 << 5);
+            power_off(bus);
         }
         idle(stop)
     };
@@ -313,7 +318,7 @@ fn accesses_that_no_device_answers_read_all_ones_and_unknown_msrs_fault() {
         let ports = bus.port_read(0x1234, 2) as u16;
         let msrs = [0x8ff, 0x4b56_4d04, 0x1234].map(|msr| bus.msr_read(msr));
         if data == [0xff; 8] && ports == 0xffff && msrs == [None; 3] {
-            bus.port_write(0x600, 1, 5 << 2 | 1 << 5);
+            power_off(bus);
         }
         idle(stop)
     };
