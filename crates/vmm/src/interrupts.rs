@@ -110,11 +110,10 @@ impl Interrupts {
             Delivery::Fixed(vector) => (vector, false),
             Delivery::LowestPriority(vector) => (vector, true),
             Delivery::Nmi | Delivery::Init | Delivery::Startup(_) => {
-                tracing::debug!(
-                    ?target,
-                    ?delivery,
-                    "interrupt message of a kind not delivered"
-                );
+                // The guest can send any number of them.
+                if !self.0.refused.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(?delivery, "interrupts of this kind are not delivered");
+                }
                 return;
             }
         };

@@ -222,6 +222,16 @@ fn an_initrd_file_larger_than_memory_is_refused_unread() {
 }
 
 #[test]
+fn an_initrd_without_an_end_is_refused() {
+    let parts = [InitrdPart::File("/dev/zero".into())];
+
+    assert!(matches!(
+        read(&elf(), &parts, MEMORY),
+        Err(Error::InitrdTooLarge { .. })
+    ));
+}
+
+#[test]
 fn too_little_memory_is_refused_with_a_minimum_that_is_enough() {
     let Err(Error::TooLittleMemory { minimum, .. }) = read(&elf(), &[], 8 << 20) else {
         panic!("not refused")
