@@ -66,8 +66,7 @@ impl Guest for Strata {
             .arg(&parts.kernel)
             .arg("--initrd")
             .arg(&parts.initrd)
-            // without EFI Linux takes BIOS's way to reset a hardware-reduced machine
-            .args(["--append", &format!("{} reboot=a", command_line(words))]);
+            .args(["--append", &command_line(words)]);
         command
     }
 }
