@@ -38,10 +38,11 @@ pub(crate) fn test(arguments: &[String]) -> Result<(), Error> {
 /// Runs the differential test alone.
 pub(crate) fn difftest(cases: u64, seed: Option<u64>) -> Result<(), Error> {
     let mut run = cargo();
-    run.args(["run", "--release", "--package", "strata-difftest", "--"])
-        .args(["--cases", &cases.to_string()]);
+    run.args(["test", "--release", "--package", "strata-difftest"])
+        .args(["--test", "differential", "--", "--nocapture"])
+        .env("STRATA_DIFF_CASES", cases.to_string());
     if let Some(seed) = seed {
-        run.args(["--seed", &seed.to_string()]);
+        run.env("STRATA_DIFF_SEED", seed.to_string());
     }
     process::succeed("the differential test", &mut run)
 }
