@@ -94,7 +94,7 @@ pub struct Cpu {
     /// The next instruction runs as a block of its own, since it writes its own block.
     alone: bool,
     /// The control bits that current jump-cache entries were made under.
-    controls: (u64, u64, u64),
+    controls: (u64, u64, u64, bool),
     device_writes: Arc<DeviceWrites>,
     statistics: Statistics,
 }
@@ -134,7 +134,7 @@ impl Cpu {
             bus: None,
             raised: None,
             alone: false,
-            controls: (0, 0, 0),
+            controls: (0, 0, 0, false),
             device_writes,
             statistics: Statistics::default(),
         })
@@ -428,6 +428,7 @@ impl Cpu {
             user: self.core.user(),
             extended,
             tsc,
+            aligned: self.core.checks_alignment(),
             single,
         }
     }
@@ -436,7 +437,13 @@ impl Cpu {
     fn find_entry(&mut self, single: bool) -> Result<u64, Exception> {
         let user = self.core.user();
         let state = &self.core.state;
-        let controls = (state.cr0 & (cr0::EM | cr0::TS), state.cr4, state.xcr0);
+        let aligned = self.core.checks_alignment();
+        let controls = (
+            state.cr0 & (cr0::EM | cr0::TS),
+            state.cr4,
+            state.xcr0,
+            aligned,
+        );
         if controls != self.controls {
             // blocks depend on these through their mode, which jump caches do not tell
             self.controls = controls;
@@ -659,6 +666,7 @@ impl Cpu {
         if !Core::canonical(address.wrapping_add(size.saturating_sub(1))) {
             return Err(Exception::general_protection(0));
         }
+        self.core.check_alignment(address, size)?;
         let first = size.min(PAGE_SIZE - address % PAGE_SIZE);
         let parts = [
             (address, first),

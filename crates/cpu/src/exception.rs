@@ -66,6 +66,10 @@ impl Exception {
         Self::with_code(vector::TS, code)
     }
 
+    pub(crate) fn alignment_check() -> Self {
+        Self::with_code(vector::AC, 0)
+    }
+
     pub(crate) fn undefined() -> Self {
         Self::new(vector::UD)
     }

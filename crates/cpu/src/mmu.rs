@@ -13,7 +13,7 @@ use strata_memory::{GuestMemory, PAGE_SIZE};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::hash::BuildFast;
-use crate::state::{State, StateRef, cr0, cr4, efer};
+use crate::state::{State, StateRef, cr0, cr4, efer, rflags};
 
 /// Physical address width that CPUID reports and the walk enforces, in bits.
 pub(crate) const PHYSICAL_BITS: u32 = 46;
@@ -480,6 +480,25 @@ impl Core {
             return Ok(());
         }
         Err(Exception::general_protection(0))
+    }
+
+    /// Whether ring 3 has its accesses checked for alignment (Intel SDM vol. 3A §6.15, #AC).
+    pub(crate) fn checks_alignment(&self) -> bool {
+        self.user() && self.state.cr0 & cr0::AM != 0 && self.state.system_flags & rflags::AC != 0
+    }
+
+    /// Raises #AC for an operand of `size` bytes that is checked and not aligned.
+    pub(crate) fn check_alignment(&self, linear: u64, size: u64) -> Result<(), Exception> {
+        let unit = match size {
+            2 | 4 | 8 | 16 => size,
+            10 => 8,
+            32 => 16,
+            _ => return Ok(()),
+        };
+        if self.checks_alignment() && !linear.is_multiple_of(unit) && Self::canonical(linear) {
+            return Err(Exception::alignment_check());
+        }
+        Ok(())
     }
 
     fn is_user(&self, privilege: Privilege) -> bool {

@@ -65,6 +65,7 @@ pub(crate) enum Alu {
 
 /// Condition codes (Intel SDM vol. 2 appendix B).
 pub(crate) mod cc {
+    pub(crate) const AE: u8 = 3;
     pub(crate) const E: u8 = 4;
     pub(crate) const NE: u8 = 5;
     pub(crate) const A: u8 = 7;

@@ -41,6 +41,8 @@ pub(crate) struct Mode {
     pub(crate) extended: u8,
     /// RDTSC is allowed: ring 0, or CR4.TSD clear.
     pub(crate) tsc: bool,
+    /// Alignment is checked (RFLAGS.AC, CR0.AM, ring 3): every access takes the slow path.
+    pub(crate) aligned: bool,
     /// One instruction only, no attention check: single-stepping.
     pub(crate) single: bool,
 }
@@ -360,8 +362,14 @@ impl<'a> Lower<'a> {
         a.alu_gs(Alu::Add, T1, state_offset!(space));
         let tag = tag_offset(user, store);
         a.alu_mem(Alu::Xor, T0, T1, tag);
-        a.alu_imm(Alu::Cmp, T0, 4096 - size as i32);
-        let branch = a.jcc_forward(cc::A);
+        let branch = if self.mode.aligned {
+            // never below zero
+            a.alu_imm(Alu::Cmp, T0, 0);
+            a.jcc_forward(cc::AE)
+        } else {
+            a.alu_imm(Alu::Cmp, T0, 4096 - size as i32);
+            a.jcc_forward(cc::A)
+        };
         a.alu_mem(Alu::Add, T0, T1, tag + HOST_AFTER_TAG);
         let start = self.asm.len();
         let body_flags = body(self);
