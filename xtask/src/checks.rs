@@ -17,19 +17,16 @@ pub(crate) fn test(arguments: &[String]) -> Result<(), Error> {
     packages::provide(packages::FOR_TESTS)?;
     let mut tests = cargo();
     if has_nextest() {
-        tests
-            .args(["nextest", "run", "--workspace"])
-            .args(arguments);
-        process::succeed("cargo nextest", &mut tests)?;
         // nextest does not run the examples in documentation
         if arguments.is_empty() {
             let mut doc = cargo();
-            process::succeed(
-                "cargo test --doc",
-                doc.args(["test", "--workspace", "--doc", "--quiet"]),
-            )?;
+            doc.args(["test", "--workspace", "--doc", "--quiet"]);
+            process::succeed("cargo test --doc", &mut doc)?;
         }
-        return Ok(());
+        tests
+            .args(["nextest", "run", "--workspace"])
+            .args(arguments);
+        return process::succeed("cargo nextest", &mut tests);
     }
     tests.args(["test", "--workspace"]).args(arguments);
     process::succeed("cargo test", &mut tests)

@@ -64,6 +64,9 @@ pub(crate) enum Flow {
     Fatal(String),
 }
 
+/// Bytes of the longest instruction.
+const MAX_LENGTH: usize = 15;
+
 /// The result of an instruction that falls through to the next.
 type Done = Result<(), Exception>;
 
@@ -75,6 +78,10 @@ pub(crate) fn execute(
     instr: &Instruction,
 ) -> Result<Flow, Exception> {
     use Mnemonic as M;
+    if instr.is_invalid() && instr.len() >= MAX_LENGTH {
+        // too long to be an instruction at all (Intel SDM vol. 3A §6.15, #GP)
+        return Err(Exception::general_protection(0));
+    }
     if instr.is_invalid() || instr.has_lock_prefix() {
         return Err(Exception::undefined());
     }
