@@ -118,7 +118,7 @@ impl Lapic {
     /// `tsc_khz` converts timer counts to TSC ticks.
     pub fn new(id: u32, bootstrap: bool, tsc_khz: u64) -> Self {
         let bsp = if bootstrap { BASE_BSP } else { 0 };
-        let mut lapic = Self {
+        Self {
             id,
             base: LAPIC_BASE | BASE_ENABLE | bsp,
             task_priority: 0,
@@ -133,27 +133,15 @@ impl Lapic {
             icr: 0,
             lvt: [Lvt::MASKED; Lvt::COUNT],
             timer: Timer::new(tsc_khz),
-        };
-        lapic.reset();
-        lapic
+        }
     }
 
+    /// As after power-up, but for `IA32_APIC_BASE`.
     fn reset(&mut self) {
+        let bootstrap = self.base & BASE_BSP != 0;
         *self = Self {
-            id: self.id,
             base: self.base,
-            task_priority: 0,
-            logical_id: 0,
-            destination_format: u32::MAX,
-            spurious: 0xff,
-            in_service: Bits::default(),
-            requested: Bits::default(),
-            level: Bits::default(),
-            errors: Esr::empty(),
-            errors_seen: Esr::empty(),
-            icr: 0,
-            lvt: [Lvt::MASKED; Lvt::COUNT],
-            timer: self.timer.reset(),
+            ..Self::new(self.id, bootstrap, self.timer.tsc_khz())
         };
     }
 

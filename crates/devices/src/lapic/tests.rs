@@ -53,6 +53,29 @@ fn only_legal_mode_changes_are_accepted() {
 }
 
 #[test]
+fn switching_the_apic_off_resets_all_but_its_id_its_bsp_bit_and_the_timers_clock() {
+    let mut lapic = xapic();
+    write32(&mut lapic, offset::TPR, 0x50);
+    write32(&mut lapic, offset::LVT_TIMER, 0x31);
+    lapic.accept(0x61, false);
+
+    lapic.set_base(LAPIC_BASE).unwrap();
+    lapic.set_base(LAPIC_BASE | BASE_ENABLE).unwrap();
+
+    assert_eq!(lapic.base(), LAPIC_BASE | BASE_ENABLE | BASE_BSP);
+    assert_eq!(read32(&mut lapic, offset::ID), 3 << 24);
+    assert_eq!(read32(&mut lapic, offset::SVR), 0xff);
+    assert_eq!(read32(&mut lapic, offset::TPR), 0);
+    assert_eq!(read32(&mut lapic, offset::LVT_TIMER), Lvt::MASKED);
+    write32(&mut lapic, offset::SVR, 0x1ff);
+    assert_eq!(lapic.pending_vector(0), None);
+    write32(&mut lapic, offset::LVT_TIMER, 0x31);
+    write32(&mut lapic, offset::INITIAL_COUNT, 500);
+    // 500 ns, divided by 2, at two ticks a nanosecond
+    assert_eq!(lapic.next_timer(), Some(2000));
+}
+
+#[test]
 fn x2apic_msrs_are_refused_in_xapic_mode_and_mmio_in_x2apic_mode() {
     let mut lapic = xapic();
     assert_eq!(lapic.msr_read(msr(offset::ID), 0), Err(GeneralProtection));

@@ -43,8 +43,9 @@ impl Timer {
         }
     }
 
-    pub(super) fn reset(&self) -> Self {
-        Self::new(self.tsc_khz)
+    /// What TSC ticks were given as, in kHz; at least 1.
+    pub(super) fn tsc_khz(&self) -> u64 {
+        self.tsc_khz
     }
 
     pub(super) fn deadline(&self) -> Option<u64> {
