@@ -495,7 +495,8 @@ impl Core {
             32 => 16,
             _ => return Ok(()),
         };
-        if self.checks_alignment() && !linear.is_multiple_of(unit) && Self::canonical(linear) {
+        let canonical = Self::canonical(linear) && Self::canonical(linear.wrapping_add(size - 1));
+        if self.checks_alignment() && !linear.is_multiple_of(unit) && canonical {
             return Err(Exception::alignment_check());
         }
         Ok(())

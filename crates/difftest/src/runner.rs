@@ -14,9 +14,6 @@ use crate::program::{Program, decode};
 use crate::rng::Rng;
 use crate::shrink::shrink;
 
-/// #AC.
-const ALIGNMENT_CHECK: u32 = 17;
-
 const NAMES: Names = Names("host", "guest");
 
 /// What to run.
@@ -30,8 +27,6 @@ pub struct Options {
     pub cases: u64,
     /// Whether flags that the manual leaves undefined have to agree as well.
     pub strict: bool,
-    /// Whether cases that the host ends with an alignment check count.
-    pub alignment: bool,
     /// Distinct mismatches after which to stop.
     pub mismatch_limit: usize,
 }
@@ -46,7 +41,6 @@ impl Options {
             first: number("STRATA_DIFF_FIRST").unwrap_or(0),
             cases: number("STRATA_DIFF_CASES").unwrap_or(cases),
             strict: number("STRATA_DIFF_STRICT").unwrap_or(0) != 0,
-            alignment: number("STRATA_DIFF_AC").unwrap_or(0) != 0,
             mismatch_limit: number("STRATA_DIFF_LIMIT").unwrap_or(10) as usize,
         }
     }
@@ -138,16 +132,11 @@ impl Pair {
     /// Runs one case on both. None where they agree, or the host has no answer.
     pub fn check(&mut self, index: u64, case: &Case) -> Result<Option<Mismatch>, Error> {
         let host = self.on_host(case)?;
-        Ok(if self.has_answer(&host) {
+        Ok(if host.end == End::Exception {
             self.against(index, case, &host)
         } else {
             None
         })
-    }
-
-    /// Whether the host's outcome is one to compare with.
-    fn has_answer(&self, host: &Outcome) -> bool {
-        host.end == End::Exception && (self.options.alignment || host.vector != ALIGNMENT_CHECK)
     }
 
     fn against(&mut self, index: u64, case: &Case, host: &Outcome) -> Option<Mismatch> {
@@ -264,7 +253,7 @@ pub fn run(options: &Options) -> Result<Summary, Error> {
                 End::Timeout => summary.timeouts += 1,
                 End::Exception => *summary.vectors.entry(host.vector).or_default() += 1,
             }
-            if !pair.has_answer(host) {
+            if host.end != End::Exception {
                 continue;
             }
             if trace {

@@ -62,7 +62,7 @@ pub(super) fn sti(core: &mut Core) -> Done {
 pub(super) fn pushf(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let image = core.state.rflags() & !(rflags::VM | rflags::RF);
     let size = stack_operand_size(instr, 1);
-    core.push_bytes(bus, &image.to_le_bytes()[..size])
+    core.push_values(bus, &image.to_le_bytes()[..size], size)
 }
 
 pub(super) fn popf(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {

@@ -236,7 +236,8 @@ pub(super) fn require_x87(core: &Core) -> Done {
 }
 
 fn aligned(core: &Core, instr: &Instruction, alignment: u64) -> Result<Address, Exception> {
-    let address = Address::of(core, instr);
+    // AMD asks for four bytes' alignment here, and lets that #AC go before this #GP
+    let address = Address::of(core, instr).aligned(core, 4)?;
     if !address.linear.is_multiple_of(alignment) {
         return Err(Exception::general_protection(0));
     }

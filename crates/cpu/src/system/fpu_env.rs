@@ -134,6 +134,12 @@ fn environment_size(instr: &Instruction) -> usize {
     if is_word(instr) { 14 } else { 28 }
 }
 
+/// The operand's address. Where alignment is checked, it is that of one word of the
+/// environment.
+fn environment_address(core: &Core, instr: &Instruction) -> Result<Address, Exception> {
+    Address::of(core, instr).aligned(core, if is_word(instr) { 2 } else { 4 })
+}
+
 /// The stored environment; reserved halves are ones.
 fn image(e: &Environment, word: bool) -> [u8; 28] {
     let mut bytes = [0; 28];
@@ -180,7 +186,7 @@ pub(super) fn store_environment(core: &mut Core, bus: &dyn Bus, instr: &Instruct
     core.state.materialize(X87);
     let e = environment(&core.state);
     let bytes = image(&e, is_word(instr));
-    Address::of(core, instr).write(core, bus, &bytes[..environment_size(instr)])?;
+    environment_address(core, instr)?.write(core, bus, &bytes[..environment_size(instr)])?;
     // all exceptions are masked afterwards
     set_word(&mut core.state, FCW, e.fcw | 0x3f);
     set_word(&mut core.state, FSW, e.fsw & !FSW_SUMMARY);
@@ -200,7 +206,7 @@ pub(super) fn save(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done 
     for i in 0..8 {
         bytes[head + 10 * i..][..10].copy_from_slice(&core.state.xsave.0[slot(i)..][..10]);
     }
-    Address::of(core, instr).write(core, bus, &bytes[..head + 80])?;
+    environment_address(core, instr)?.write(core, bus, &bytes[..head + 80])?;
     // FNINIT keeps the registers' content and calls them empty
     let state = &mut *core.state;
     rotate_to(state, 0);
@@ -217,7 +223,7 @@ pub(super) fn load_environment(core: &mut Core, bus: &dyn Bus, instr: &Instructi
     require_no_pending(&core.state)?;
     let mut bytes = [0; 28];
     let size = environment_size(instr);
-    Address::of(core, instr).read_into(core, bus, &mut bytes[..size])?;
+    environment_address(core, instr)?.read_into(core, bus, &mut bytes[..size])?;
     set_environment(&mut core.state, &parse(&bytes, is_word(instr)));
     Ok(())
 }
@@ -228,7 +234,7 @@ pub(super) fn restore(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Do
     require_no_pending(&core.state)?;
     let mut bytes = [0; 108];
     let head = environment_size(instr);
-    Address::of(core, instr).read_into(core, bus, &mut bytes[..head + 80])?;
+    environment_address(core, instr)?.read_into(core, bus, &mut bytes[..head + 80])?;
     let state = &mut *core.state;
     set_environment(state, &parse(&bytes, is_word(instr)));
     for i in 0..8 {

@@ -96,7 +96,14 @@ impl Address {
             .map_err(|e| self.fault(e))
     }
 
-    /// Reads a little-endian integer of `size` (1 to 8) bytes.
+    /// Raises #AC where an operand of `size` bytes must be aligned and is not. Elements of
+    /// gathers and masked moves need no such check.
+    pub(super) fn aligned(self, core: &Core, size: usize) -> Result<Self, Exception> {
+        core.check_alignment(self.linear, size as u64)?;
+        Ok(self)
+    }
+
+    /// Reads a little-endian integer of `size` (1 to 8) bytes, aligned if it must be.
     pub(super) fn read_uint(
         self,
         core: &mut Core,
@@ -104,7 +111,8 @@ impl Address {
         size: usize,
     ) -> Result<u64, Exception> {
         let mut data = [0; 8];
-        self.read_into(core, bus, &mut data[..size.min(8)])?;
+        self.aligned(core, size)?
+            .read_into(core, bus, &mut data[..size.min(8)])?;
         Ok(u64::from_le_bytes(data))
     }
 
@@ -205,13 +213,17 @@ impl Core {
             self.set_gpr(instr.op0_register(), value);
             return Ok(());
         }
-        Address::of(self, instr).write(self, bus, &(value as u16).to_le_bytes())
+        Address::of(self, instr)
+            .aligned(self, 2)?
+            .write(self, bus, &(value as u16).to_le_bytes())
     }
 
-    /// Pushes `data` and moves RSP.
-    pub(super) fn push_bytes(&mut self, bus: &dyn Bus, data: &[u8]) -> Done {
+    /// Pushes `data`, which is values of `size` bytes, and moves RSP.
+    pub(super) fn push_values(&mut self, bus: &dyn Bus, data: &[u8], size: usize) -> Done {
         let rsp = self.state.gpr[gpr::RSP].wrapping_sub(data.len() as u64);
-        Address::stack(rsp).write(self, bus, data)?;
+        Address::stack(rsp)
+            .aligned(self, size)?
+            .write(self, bus, data)?;
         self.state.gpr[gpr::RSP] = rsp;
         Ok(())
     }
@@ -260,7 +272,11 @@ pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done
     let mut top = rsp;
     let mut push = |core: &mut Core, value: u64| -> Done {
         top = top.wrapping_sub(size);
-        Address::stack(top).write(core, bus, &value.to_le_bytes()[..size as usize])
+        Address::stack(top).aligned(core, size as usize)?.write(
+            core,
+            bus,
+            &value.to_le_bytes()[..size as usize],
+        )
     };
     push(core, rbp)?;
     for outer in 1..level {
@@ -272,7 +288,9 @@ pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done
         push(core, frame)?;
     }
     let last = top.wrapping_sub(locals);
-    Address::stack(last).probe_write(core, 1)?;
+    Address::stack(last)
+        .aligned(core, size as usize)?
+        .probe_write(core, 1)?;
     core.state.gpr[gpr::RSP] = last;
     let register = if word { Register::BP } else { Register::RBP };
     core.set_gpr(register, frame);

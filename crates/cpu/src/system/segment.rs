@@ -296,7 +296,7 @@ pub(super) fn push(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done 
     }
     let selector = u64::from(core.state.segments[register_index(register)].selector);
     let size = stack_operand_size(instr, 1);
-    core.push_bytes(bus, &selector.to_le_bytes()[..size])
+    core.push_values(bus, &selector.to_le_bytes()[..size], size)
 }
 
 /// POP FS, POP GS.

@@ -175,6 +175,7 @@ impl Job {
     }
 
     fn read(&self, core: &mut Core, bus: &dyn Bus, linear: u64) -> Result<u64, Exception> {
+        core.check_alignment(linear, self.size)?;
         let mut data = [0; 8];
         core.read_linear(
             bus,
@@ -192,6 +193,7 @@ impl Job {
         linear: u64,
         value: u64,
     ) -> Result<(), Exception> {
+        core.check_alignment(linear, self.size)?;
         core.write_linear(
             bus,
             linear,
@@ -208,6 +210,7 @@ impl Job {
         linear: u64,
         elements: u64,
     ) -> Result<Option<*mut u8>, Exception> {
+        core.check_alignment(linear, self.size)?;
         let lowest = self.lowest(linear, elements);
         let target = core.target(lowest, Kind::Write, Privilege::Current);
         match target.map_err(|e| Self::at_element(e, linear))? {
@@ -233,6 +236,7 @@ impl Job {
         linear: u64,
         elements: u64,
     ) -> Result<Option<*const u8>, Exception> {
+        core.check_alignment(linear, self.size)?;
         let lowest = self.lowest(linear, elements);
         let target = core.target(lowest, Kind::Read, Privilege::Current);
         match target.map_err(|e| Self::at_element(e, linear))? {
@@ -333,8 +337,9 @@ impl Job {
         let in_place = if elements == 0 {
             None
         } else {
-            let a = self.load_target(core, from, elements)?;
+            // the second operand goes first, as on AMD's processors; no manual says
             let b = self.load_target(core, to, elements)?;
+            let a = self.load_target(core, from, elements)?;
             a.zip(b)
         };
         let chunk = if let Some((a, b)) = in_place {
@@ -345,8 +350,8 @@ impl Job {
                 unsafe { (load_element(a.add(at), size), load_element(b.add(at), size)) }
             })
         } else {
-            let a = self.read(core, bus, from)?;
             let b = self.read(core, bus, to)?;
+            let a = self.read(core, bus, from)?;
             Chunk {
                 elements: 1,
                 compared: Some((a, b)),
@@ -408,6 +413,7 @@ impl Job {
         let port = core.state.gpr[gpr::RDX] as u16;
         io::require_ports(core, bus, port, self.size as u8)?;
         let to = self.destination(core);
+        core.check_alignment(to, self.size)?;
         core.probe_write(to, self.size, Privilege::Current)?;
         let value = bus.port_read(port, self.size as u8);
         core.check_interrupts = true;

@@ -314,3 +314,14 @@ fn rep_outs_writes_each_element() {
     let written: Vec<u8> = m.bus.written.borrow().iter().map(|w| w.2 as u8).collect();
     assert_eq!(written, b"abc");
 }
+
+#[test]
+fn a_misaligned_element_is_refused_in_ring_3_where_alignment_is_checked() {
+    let mut m = machine(0x60000, 0x70004, 2);
+    m.core.state.cr0 |= crate::state::cr0::AM;
+    m.core.state.system_flags |= rflags::AC;
+
+    assert_eq!(m.run(REP_MOVSQ), Err(Exception::alignment_check()));
+
+    assert_eq!(registers(&m), (0x60000, 0x70004, 2));
+}

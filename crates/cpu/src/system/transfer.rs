@@ -229,7 +229,7 @@ pub(super) fn far_call(
     let mut frame = [0; 16];
     frame[..size].copy_from_slice(&instr.next_ip().to_le_bytes()[..size]);
     frame[size..2 * size].copy_from_slice(&cs.to_le_bytes()[..size]);
-    core.push_bytes(bus, &frame[..2 * size])?;
+    core.push_values(bus, &frame[..2 * size], size)?;
     let cpl = core.state.cpl;
     enter_code(core, code, selector, cpl, rip);
     Ok(Flow::Jump)

@@ -122,14 +122,14 @@ pub(super) fn masked_bytes(core: &mut Core, bus: &dyn Bus, instr: &Instruction) 
     let linear = core
         .segment_base(instr.memory_segment())
         .wrapping_add(offset);
+    // whatever its length, and whatever the mask
+    let address = Address::data(linear).aligned(core, 8)?;
     let chosen = (0..length).filter(|i| masked_in(&mask, *i, 1));
     for i in chosen.clone() {
-        Address::data(linear).plus(i as u64).probe_write(core, 1)?;
+        address.plus(i as u64).probe_write(core, 1)?;
     }
     for i in chosen {
-        Address::data(linear)
-            .plus(i as u64)
-            .write(core, bus, &value[i..=i])?;
+        address.plus(i as u64).write(core, bus, &value[i..=i])?;
     }
     Ok(())
 }

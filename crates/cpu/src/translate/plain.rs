@@ -1,7 +1,7 @@
 //! Plain instructions: the guest's own opcode with its registers and memory operand
 //! replaced. Semantics, results and flags are the host CPU's.
 
-use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use super::asm::{GUEST_RSP, HOME, RAX, RBP, Reg, T0, T1, slot};
 use super::generic::modrm_form;
@@ -121,6 +121,15 @@ fn waits_for_x87(i: &Instruction) -> bool {
     mmx || uses_x87(i) && !i.code().op_code().is_fpu_no_wait()
 }
 
+/// Bytes that the memory operand has on the host: never less than what the host touches.
+fn bytes_accessed(i: &Instruction) -> u32 {
+    match i.code() {
+        // AMD's processors read four bytes for the two that the manuals name
+        Code::Movsxd_r16_rm16 => 4,
+        _ => i.memory_size().size() as u32,
+    }
+}
+
 /// Whether a misaligned memory operand raises #GP (Intel SDM vol. 1 §10.4.1.1, §14.9).
 fn demands_alignment(i: &Instruction) -> bool {
     use Mnemonic as M;
@@ -212,7 +221,7 @@ impl Lower<'_> {
             } else {
                 0
             };
-        let size = instruction.memory_size().size() as u32;
+        let size = bytes_accessed(&instruction);
         if size == 0 || size > 512 {
             return false;
         }
