@@ -93,6 +93,8 @@ pub struct Cpu {
     raised: Option<Exception>,
     /// The next instruction runs as a block of its own, since it writes its own block.
     alone: bool,
+    /// The next block checks every access by itself, since a span's check failed.
+    apart: bool,
     /// The control bits that current jump-cache entries were made under.
     controls: (u64, u64, u64, bool),
     device_writes: Arc<DeviceWrites>,
@@ -134,6 +136,7 @@ impl Cpu {
             bus: None,
             raised: None,
             alone: false,
+            apart: false,
             controls: (0, 0, 0, false),
             device_writes,
             statistics: Statistics::default(),
@@ -245,8 +248,14 @@ impl Cpu {
             }
         }
         let trap = self.core.state.rflags() & rflags::TF != 0;
+        let apart = std::mem::take(&mut self.apart);
         let single = trap || std::mem::take(&mut self.alone);
-        let entry = match self.find_entry(single) {
+        let shape = match (single, apart) {
+            (true, _) => Shape::Single,
+            (false, true) => Shape::Apart,
+            (false, false) => Shape::Whole,
+        };
+        let entry = match self.find_entry(shape) {
             Ok(entry) => entry,
             Err(exception) => return self.deliver(bus, exception),
         };
@@ -412,7 +421,7 @@ impl Cpu {
         }
     }
 
-    fn mode(&self, single: bool) -> Mode {
+    fn mode(&self, shape: Shape) -> Mode {
         let state = &self.core.state;
         let extended = if state.cr0 & (cr0::EM | cr0::TS) != 0 {
             0
@@ -429,12 +438,13 @@ impl Cpu {
             extended,
             tsc,
             aligned: self.core.checks_alignment(),
-            single,
+            single: shape == Shape::Single,
+            apart: shape == Shape::Apart,
         }
     }
 
     /// Where to enter for where the guest is: from the jump cache, else `find_block`.
-    fn find_entry(&mut self, single: bool) -> Result<u64, Exception> {
+    fn find_entry(&mut self, shape: Shape) -> Result<u64, Exception> {
         let user = self.core.user();
         let state = &self.core.state;
         let aligned = self.core.checks_alignment();
@@ -451,14 +461,14 @@ impl Cpu {
         }
         let rip = self.core.state.rip;
         match self.core.space().jump(user, rip) {
-            Some(entry) if !single => Ok(entry),
-            _ => Ok(self.find_block(single)?.1),
+            Some(entry) if shape == Shape::Whole => Ok(entry),
+            _ => Ok(self.find_block(shape)?.1),
         }
     }
 
     /// The block for where the guest is, made if need be: its number and entry address.
-    fn find_block(&mut self, single: bool) -> Result<(u32, u64), Exception> {
-        let mode = self.mode(single);
+    fn find_block(&mut self, shape: Shape) -> Result<(u32, u64), Exception> {
+        let mode = self.mode(shape);
         let rip = self.core.state.rip;
         let (physical, global) = self.core.fetch_address(rip)?;
         let mut key = Key {
@@ -474,7 +484,7 @@ impl Cpu {
         let number = number.unwrap_or_default();
         let block = &self.blocks.all[number as usize];
         let entry = self.cache.base() + u64::from(block.entry);
-        if !single {
+        if shape == Shape::Whole {
             let last = rip.wrapping_add(u64::from(block.length.max(1) - 1));
             self.core.space().insert_jump(
                 mode.user,
@@ -578,7 +588,7 @@ impl Cpu {
         let exit = self.core.state.temp[0] as u32;
         let flushes = self.statistics.flushes;
         // a fault is met again, and delivered, in the next round
-        if let Ok((target, _)) = self.find_block(false)
+        if let Ok((target, _)) = self.find_block(Shape::Whole)
             && flushes == self.statistics.flushes
             && self.blocks.exit_alive(exit)
         {
@@ -595,11 +605,10 @@ impl Cpu {
                 fault.trap
             )));
         };
+        let key = &self.blocks.all[number as usize].key;
+        let alone = key.mode.single || key.second.is_some();
         let state = &mut *self.core.state;
-        state.rip = self.blocks.all[number as usize]
-            .key
-            .rip
-            .wrapping_add(u64::from(site.guest));
+        state.rip = key.rip.wrapping_add(u64::from(site.guest));
         match site.flags {
             Flags::Ax | Flags::Both => {}
             Flags::Host => state.status = State::status_from(fault.rflags),
@@ -608,6 +617,12 @@ impl Cpu {
         let exception = match fault.trap as u8 {
             vector::DE => Exception::new(vector::DE),
             vector::UD => Exception::undefined(),
+            // an address in no window, or a misaligned operand: by itself the instruction
+            // shows which, in the order of the manual
+            vector::GP | vector::SS if !alone => {
+                self.alone = true;
+                return None;
+            }
             vector::GP => Exception::general_protection(0),
             vector::MF => Exception::new(vector::MF),
             vector::XM if state.cr4 & cr4::OSXMMEXCPT == 0 => Exception::undefined(),
@@ -632,11 +647,18 @@ impl Cpu {
         let block = &self.blocks.all[number as usize];
         let rip = block.key.rip.wrapping_add(u64::from(site.guest));
         let alone = block.key.mode.single || block.key.second.is_some();
+        if what & meta::SPAN != 0 {
+            let host = self.settle_span(address, size, store);
+            if host.is_none() {
+                self.core.state.rip = rip;
+                self.apart = true;
+            }
+            return host;
+        }
         let result = self.settle_access(address, size, what, (!alone).then_some(number));
-        self.core.state.commit_length = match result {
-            Ok(Some(Place::Bounced(_))) if store => size,
-            _ => 0,
-        };
+        let bounced = matches!(result, Ok(Some(Place::Bounced(_))));
+        self.core.state.bounced = u64::from(bounced);
+        self.core.state.commit_length = if bounced && store { size } else { 0 };
         match result {
             Ok(Some(Place::Direct(host) | Place::Bounced(host))) => return Some(host),
             Ok(None) => self.alone = true,
@@ -652,6 +674,27 @@ impl Cpu {
         }
         self.core.state.rip = rip;
         None
+    }
+
+    /// Host memory for the accesses of a span, `size` bytes in all, if they are within a
+    /// page of RAM and none of them could fault.
+    fn settle_span(&mut self, address: u64, size: u64, store: bool) -> Option<*mut u8> {
+        self.core.state.bounced = 0;
+        if address % PAGE_SIZE + size > PAGE_SIZE {
+            return None;
+        }
+        let mut target = self.core.target(address, Kind::Read, Privilege::Current);
+        if store && target.is_ok() {
+            // one that may never be reached must not set the dirty bit
+            if !self.core.may_store(address) {
+                return None;
+            }
+            target = self.core.target(address, Kind::Write, Privilege::Current);
+        }
+        match target.ok()? {
+            Target::Ram(host) => Some(host),
+            Target::Device(_) => None,
+        }
     }
 
     fn settle_access(
@@ -739,6 +782,17 @@ impl Cpu {
         }
         self.drop_stale();
     }
+}
+
+/// What kind of block is to go on with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// The usual one.
+    Whole,
+    /// As `Whole`, but every access is checked by itself.
+    Apart,
+    /// One instruction.
+    Single,
 }
 
 /// Where a slow access is done.

@@ -13,7 +13,7 @@ use strata_memory::{GuestMemory, PAGE_SIZE};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::hash::BuildFast;
-use crate::state::{State, StateRef, cr0, cr4, efer, rflags};
+use crate::state::{State, StateRef, WINDOWS, Window, cr0, cr4, efer, rflags};
 
 /// Physical address width that CPUID reports and the walk enforces, in bits.
 pub(crate) const PHYSICAL_BITS: u32 = 46;
@@ -375,6 +375,7 @@ impl Core {
     /// Makes the address space of CR3 current, after CR3 or CR4 were set. `keep`: entries
     /// it may hold from before stay valid (CR3 bit 63 with CR4.PCIDE).
     pub(crate) fn select_space(&mut self, keep: bool) {
+        self.forget_windows();
         let pcid = if self.state.cr4 & cr4::PCIDE == 0 {
             0
         } else {
@@ -407,8 +408,17 @@ impl Core {
         oldest.map_or(0, |(index, _)| index)
     }
 
+    /// Empties the windows, which hold what a TLB does.
+    fn forget_windows(&mut self) {
+        if self.state.windows_used != 0 {
+            self.state.windows = [[Window::NONE; WINDOWS]; 4];
+            self.state.windows_used = 0;
+        }
+    }
+
     /// Drops everything every TLB and jump cache holds.
     pub(crate) fn flush_all(&mut self) {
+        self.forget_windows();
         for space in &mut self.spaces {
             space.flush(false);
         }
@@ -416,6 +426,7 @@ impl Core {
 
     /// Drops what is held for one PCID, less global pages.
     pub(crate) fn flush_pcid(&mut self, pcid: u64) {
+        self.forget_windows();
         for space in self.spaces.iter_mut().filter(|s| s.pcid == Some(pcid)) {
             space.flush(true);
         }
@@ -423,6 +434,7 @@ impl Core {
 
     /// INVLPG: drops the page in all spaces, since it may be global.
     pub(crate) fn flush_page(&mut self, linear: u64) {
+        self.forget_windows();
         for space in &mut self.spaces {
             space.flush_page(linear);
         }
@@ -430,6 +442,7 @@ impl Core {
 
     /// Drops one page of one PCID.
     pub(crate) fn flush_page_of(&mut self, pcid: u64, linear: u64) {
+        self.forget_windows();
         for space in self.spaces.iter_mut().filter(|s| s.pcid == Some(pcid)) {
             space.flush_page(linear);
         }
@@ -457,6 +470,7 @@ impl Core {
         let Some(host) = self.memory.host_ptr(physical & !(PAGE_SIZE - 1), PAGE_SIZE) else {
             return;
         };
+        self.forget_windows();
         for space in &mut self.spaces {
             for table in [tlb_number(false, true), tlb_number(true, true)] {
                 for (index, entry) in space.tlb[table].iter_mut().enumerate() {
@@ -534,6 +548,13 @@ impl Core {
         }
         // SAFETY: the offset is within the page that `host` maps.
         Ok(Target::Ram(unsafe { host.add((linear - page) as usize) }))
+    }
+
+    /// Whether a store by the current privilege level to the page of `linear`, which was
+    /// just read, needs nothing of the page tables.
+    pub(crate) fn may_store(&mut self, linear: u64) -> bool {
+        let mapping = self.walk(linear, Kind::Read, self.user());
+        mapping.is_ok_and(|m| m.writable && !self.memory.code().page_has_code(m.physical))
     }
 
     /// Enters a page into the TLB that missed, and into its sibling if the line is free.

@@ -237,6 +237,28 @@ pub struct Msrs {
 /// so alignment faults stay what they are.
 pub const BOUNCE_SIZE: usize = 1024;
 
+/// Windows of one kind.
+pub(crate) const WINDOWS: usize = 64;
+
+/// A page that a place in translated code accessed last, so that it may do so again.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Window {
+    /// Linear address of the page.
+    pub(crate) start: u64,
+    /// Host address less linear address.
+    pub(crate) delta: u64,
+}
+
+impl Window {
+    /// No guest access is possible where this one lies: what passes its check faults on the
+    /// host, since the address is not canonical there either.
+    pub(crate) const NONE: Self = Self {
+        start: 1 << 63,
+        delta: 0,
+    };
+}
+
 /// Everything about one vCPU that translated code or system instructions touch.
 #[repr(C, align(64))]
 pub struct State {
@@ -267,6 +289,8 @@ pub struct State {
     pub(crate) temp: [u64; 4],
     /// Status flags that gave way to an instruction that needs host RAX.
     pub(crate) saved_status: u64,
+    /// Nonzero: the access that took the slow path goes to the bounce buffer.
+    pub(crate) bounced: u64,
     /// What the commit step after a bounced store has to do: 0 nothing.
     pub(crate) commit_length: u64,
     /// Guest linear address of the bounced store.
@@ -285,6 +309,10 @@ pub struct State {
     pub xsave: XsaveArea,
     /// See [`BOUNCE_SIZE`].
     pub(crate) bounce: Bounce,
+    /// By kind, as the TLBs are; see [`Window`].
+    pub(crate) windows: [[Window; WINDOWS]; 4],
+    /// Nonzero: some window is in use.
+    pub(crate) windows_used: u64,
     /// `IA32_KERNEL_GS_BASE`.
     pub kernel_gs_base: u64,
     /// ES, CS, SS, DS, FS, GS.
@@ -357,6 +385,7 @@ impl State {
             host_rsp: 0,
             temp: [0; 4],
             saved_status: 0,
+            bounced: 0,
             commit_length: 0,
             commit_address: 0,
             default_mxcsr: 0x1f80,
@@ -366,6 +395,8 @@ impl State {
             runtime: std::ptr::null_mut(),
             xsave: XsaveArea::INITIAL,
             bounce: Bounce([0; BOUNCE_SIZE]),
+            windows: [[Window::NONE; WINDOWS]; 4],
+            windows_used: 0,
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],
             ldtr: Segment::default(),

@@ -3,6 +3,7 @@
 //!
 //! Only the forms that the translator needs exist. Every method appends one instruction.
 
+use super::access::Place;
 use crate::state::state_offset;
 
 /// A host general register, by its number.
@@ -59,6 +60,7 @@ pub(crate) enum Alu {
     Add = 0,
     Or = 1,
     And = 4,
+    Sub = 5,
     Xor = 6,
     Cmp = 7,
 }
@@ -175,6 +177,14 @@ impl Asm {
         self.modrm_gs(from.0, disp);
     }
 
+    /// `mov gs:[disp + index], from`
+    pub(crate) fn store_gs_indexed(&mut self, disp: i32, index: Reg, from: Reg) {
+        self.raw(&[0x65]);
+        self.rex_w(from, index);
+        self.raw(&[0x89, 0x80 | (from.0 & 7) << 3 | index.0 & 7]);
+        self.imm32(disp);
+    }
+
     /// `mov qword gs:[disp], value`
     pub(crate) fn store_gs_imm(&mut self, disp: i32, value: i32) {
         self.raw(&[0x65, 0x48, 0xc7]);
@@ -209,6 +219,50 @@ impl Asm {
         self.rex_w(reg, base);
         self.raw(&[(op as u8) << 3 | 3]);
         self.modrm_mem(reg.0, base, disp);
+    }
+
+    /// `op to, from`, 64 bits
+    pub(crate) fn alu(&mut self, op: Alu, to: Reg, from: Reg) {
+        self.rex_w(from, to);
+        self.raw(&[(op as u8) << 3 | 1, 0xc0 | (from.0 & 7) << 3 | to.0 & 7]);
+    }
+
+    /// REX, opcode, ModRM, SIB and displacement for `[place.base + T1 + place.disp]`.
+    fn at_place(&mut self, place: Place, reg: u8, opcode: u8, size: u32) {
+        if size == 2 {
+            self.raw(&[0x66]);
+        }
+        let wide = if size == 8 { 8 } else { 0 };
+        let rex = 0x40 | wide | (reg >> 3) << 2 | (T1.0 >> 3) << 1 | place.base.0 >> 3;
+        let short = i8::try_from(place.disp).is_ok();
+        let mode = if short { 0x40 } else { 0x80 };
+        let sib = (T1.0 & 7) << 3 | place.base.0 & 7;
+        self.raw(&[rex, opcode, mode | (reg & 7) << 3 | 4, sib]);
+        if short {
+            self.raw(&[place.disp as u8]);
+        } else {
+            self.imm32(place.disp);
+        }
+    }
+
+    /// `mov to, [place]` of 8 bytes, or of 2 that keeps the rest of `to`
+    pub(crate) fn load_at(&mut self, to: Reg, place: Place, size: u32) {
+        self.at_place(place, to.0, 0x8b, size);
+    }
+
+    /// `mov [place], from`; 8 or 2 bytes
+    pub(crate) fn store_at(&mut self, place: Place, from: Reg, size: u32) {
+        self.at_place(place, from.0, 0x89, size);
+    }
+
+    /// `mov [place], value`; 8 or 2 bytes, the value sign-extended
+    pub(crate) fn store_imm_at(&mut self, place: Place, value: i32, size: u32) {
+        self.at_place(place, 0, 0xc7, size);
+        if size == 2 {
+            self.raw(&(value as i16).to_le_bytes());
+        } else {
+            self.imm32(value);
+        }
     }
 
     /// `op reg, value`, 64 bits
@@ -253,20 +307,6 @@ impl Asm {
         }
         self.raw(&[0x89]);
         self.modrm_mem(from.0, base, 0);
-    }
-
-    /// `mov [base], value`; 8 or 2 bytes, the value sign-extended
-    pub(crate) fn store_imm_sized(&mut self, base: Reg, value: i32, size: u32) {
-        if size == 2 {
-            self.raw(&[0x66, 0x40 | base.0 >> 3, 0xc7]);
-            self.modrm_mem(0, base, 0);
-            self.raw(&(value as i16).to_le_bytes());
-        } else {
-            self.rex_w(Reg(0), base);
-            self.raw(&[0xc7]);
-            self.modrm_mem(0, base, 0);
-            self.imm32(value);
-        }
     }
 
     /// `mov to, [base]` of 8 bytes, or `mov to16, [base]` of 2 that keeps the rest of `to`

@@ -9,14 +9,12 @@ use iced_x86::{
     Code, ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
 };
 
-use super::asm::{
-    Alu, Asm, GUEST_RAX, GUEST_RSP, HOME, RAX, RBP, RBX, RCX, RDX, Reg, T0, T1, cc, slot,
-};
+use super::access::{Stub, window_number};
+use super::asm::{Alu, Asm, GUEST_RAX, HOME, RAX, RBX, RCX, RDX, Reg, T0, T1, cc, slot};
 use super::classify::Class;
-use super::thunks::{Thunks, slow_index, tag_offset};
-use crate::mmu::{
-    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, TLB_ENTRIES, TlbEntry, jump_index,
-};
+use super::spans::Role;
+use super::thunks::Thunks;
+use crate::mmu::{AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, jump_index};
 use crate::state::{rflags, state_offset};
 
 /// Where the guest's status flags are.
@@ -45,6 +43,8 @@ pub(crate) struct Mode {
     pub(crate) aligned: bool,
     /// One instruction only, no attention check: single-stepping.
     pub(crate) single: bool,
+    /// Every access is checked by itself: no spans.
+    pub(crate) apart: bool,
 }
 
 /// From here on in the host code, this guest instruction runs.
@@ -69,15 +69,6 @@ struct PendingExit {
     target: u64,
 }
 
-struct Stub {
-    branch: usize,
-    meta: u32,
-    store: bool,
-    body: std::ops::Range<usize>,
-    site: Site,
-    body_flags: Flags,
-}
-
 /// Bits of the word that tells the slow path what an access is.
 pub(crate) mod meta {
     /// Bytes accessed.
@@ -92,6 +83,10 @@ pub(crate) mod meta {
     pub(crate) const ALIGNED: u32 = 1 << 19;
     /// A pending x87 exception is reported before the page is looked at.
     pub(crate) const WAITS: u32 = 1 << 20;
+    /// Several accesses that were to share one check.
+    pub(crate) const SPAN: u32 = 1 << 21;
+    /// Where the number of the window that it went through begins.
+    pub(crate) const WINDOW_SHIFT: u32 = 24;
 }
 
 /// A finished block.
@@ -116,16 +111,18 @@ pub(crate) struct Lower<'a> {
     pub(super) asm: Asm,
     pub(super) flags: Flags,
     pub(super) tools: &'a mut Tools,
-    thunks: &'a Thunks,
-    mode: Mode,
+    pub(super) thunks: &'a Thunks,
+    pub(super) mode: Mode,
     start: u64,
     first_system: u32,
     first_exit: u32,
     systems: Vec<Instruction>,
     pub(super) current: u16,
-    stubs: Vec<Stub>,
+    pub(super) stubs: Vec<Stub>,
     pending: Vec<PendingExit>,
-    sites: Vec<Site>,
+    pub(super) sites: Vec<Site>,
+    /// The current instruction's access was checked with those before it; T1 is taken.
+    pub(super) in_span: bool,
     fpu_check: Option<usize>,
     /// Indirect branches: where they look up in vain, and the branch's address.
     misses: Vec<(usize, u64)>,
@@ -168,6 +165,7 @@ impl<'a> Lower<'a> {
             stubs: Vec::new(),
             pending: Vec::new(),
             sites: Vec::new(),
+            in_span: false,
             fpu_check: None,
             misses: Vec::new(),
             far_faults: Vec::new(),
@@ -199,9 +197,18 @@ impl<'a> Lower<'a> {
     }
 
     /// Lowers one instruction. Returns true when it ends the block.
-    pub(crate) fn instruction(&mut self, instruction: &Instruction, class: Class) -> bool {
+    pub(crate) fn instruction(
+        &mut self,
+        instruction: &Instruction,
+        class: Class,
+        role: Role,
+    ) -> bool {
         self.current = (instruction.ip() - self.start) as u16;
         self.site(self.flags);
+        if let Role::First(span) = role {
+            self.begin_span(span, instruction);
+        }
+        self.in_span = role != Role::Outside;
         match class {
             Class::Plain => !self.plain(instruction) && self.system(instruction),
             Class::Nop => false,
@@ -279,228 +286,6 @@ impl<'a> Lower<'a> {
         }
     }
 
-    /// The linear address of the memory operand into T0. The host's flags must be free.
-    pub(super) fn address(&mut self, instruction: &Instruction, extra: i32) {
-        self.effective_address(instruction, extra);
-        self.add_segment_base(instruction);
-    }
-
-    /// Makes the effective address in T0 a linear one. The host's flags must be free.
-    pub(super) fn add_segment_base(&mut self, instruction: &Instruction) {
-        match instruction.memory_segment() {
-            Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
-            Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
-            _ => {}
-        }
-    }
-
-    /// The effective address into T0; flags stay.
-    pub(super) fn effective_address(&mut self, instruction: &Instruction, extra: i32) {
-        let base = instruction.memory_base();
-        let index = instruction.memory_index();
-        let displacement = instruction.memory_displacement64();
-        if base == Register::RIP || base == Register::EIP {
-            self.asm.mov_imm(T0, displacement);
-            return;
-        }
-        if base == Register::None && index == Register::None {
-            let narrow = instruction.memory_displ_size() == 4;
-            self.asm.mov_imm(
-                T0,
-                if narrow {
-                    displacement & 0xffff_ffff
-                } else {
-                    displacement
-                },
-            );
-            return;
-        }
-        let narrow = base.size() == 4 || index.size() == 4;
-        let host_base =
-            (base != Register::None).then(|| self.register(base.full_register().number(), T0));
-        let host_index = (index != Register::None).then(|| {
-            let reg = self.register(index.full_register().number(), T1);
-            (reg, instruction.memory_index_scale() as u8)
-        });
-        let disp = displacement as i32;
-        let total = disp.wrapping_add(extra);
-        self.asm.lea(T0, host_base, host_index, total, narrow);
-    }
-
-    /// Whether a fault of the memory operand's address is the stack segment's.
-    pub(super) fn stack_segment(instruction: &Instruction) -> bool {
-        // overrides other than FS and GS are ignored in 64-bit mode
-        !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
-            && matches!(
-                instruction.memory_base(),
-                Register::RSP | Register::RBP | Register::ESP | Register::EBP
-            )
-    }
-
-    /// An access of `size` bytes at the linear address in T0. `body` is written twice: in
-    /// place, and in the slow path; T0 is then a host pointer and T1 is free.
-    pub(super) fn access(&mut self, size: u32, what: u32, body: impl FnOnce(&mut Self) -> Flags) {
-        debug_assert!(self.flags == Flags::Ax);
-        let store = what & meta::STORE != 0;
-        let user = self.mode.user;
-        let start_site = Site {
-            host: 0,
-            guest: self.current,
-            flags: Flags::Ax,
-        };
-        let entry = size_of::<TlbEntry>();
-        let a = &mut self.asm;
-        a.mov(T1, T0);
-        if user {
-            a.shift(5, T1, 12 - entry.trailing_zeros() as u8);
-        } else {
-            a.shift(5, T1, 12);
-            a.raw(&[0x4d, 0x31, 0xd3]); // xor r11, r10
-            a.shift(5, T1, 12 - entry.trailing_zeros() as u8);
-        }
-        a.and32(T1, ((TLB_ENTRIES - 1) * entry) as u32);
-        a.alu_gs(Alu::Add, T1, state_offset!(space));
-        let tag = tag_offset(user, store);
-        a.alu_mem(Alu::Xor, T0, T1, tag);
-        let branch = if self.mode.aligned {
-            // never below zero
-            a.alu_imm(Alu::Cmp, T0, 0);
-            a.jcc_forward(cc::AE)
-        } else {
-            a.alu_imm(Alu::Cmp, T0, 4096 - size as i32);
-            a.jcc_forward(cc::A)
-        };
-        a.alu_mem(Alu::Add, T0, T1, tag + HOST_AFTER_TAG);
-        let start = self.asm.len();
-        let body_flags = body(self);
-        let site = Site {
-            host: start as u32,
-            guest: self.current,
-            flags: body_flags,
-        };
-        // the body's own instructions come before whatever follows it
-        let position = self.sites.partition_point(|s| s.host <= start as u32);
-        self.sites.insert(position, site);
-        let body = start..self.asm.len();
-        self.stubs.push(Stub {
-            branch,
-            meta: size | what,
-            store,
-            body,
-            site: start_site,
-            body_flags,
-        });
-    }
-
-    fn stack(&mut self, instruction: &Instruction) -> bool {
-        match instruction.mnemonic() {
-            Mnemonic::Push => self.push(instruction),
-            Mnemonic::Pop => self.pop(instruction),
-            Mnemonic::Leave if instruction.code() == Code::Leaveq => {
-                self.release_host_flags();
-                self.asm.mov(T0, RBP);
-                self.access(8, meta::STACK, |s| {
-                    s.asm.load(T1, T0, 0);
-                    Flags::Ax
-                });
-                self.asm.lea(GUEST_RSP, Some(RBP), None, 8, false);
-                self.asm.mov(RBP, T1);
-                true
-            }
-            _ => false,
-        }
-    }
-
-    fn push(&mut self, instruction: &Instruction) -> bool {
-        let size = instruction.stack_pointer_increment().unsigned_abs();
-        self.release_host_flags();
-        let memory = instruction.op0_kind() == OpKind::Memory;
-        if memory {
-            self.address(instruction, 0);
-            let what = if Self::stack_segment(instruction) {
-                meta::STACK
-            } else {
-                0
-            };
-            self.access(size, what, |s| {
-                s.asm.load_sized(T1, T0, size);
-                s.asm.store_gs(state_offset!(temp) + 8, T1);
-                Flags::Ax
-            });
-        }
-        let immediate = match instruction.op0_kind() {
-            OpKind::Register | OpKind::Memory => None,
-            _ => Some(instruction.immediate(0) as i64 as i32),
-        };
-        let register = (instruction.op0_kind() == OpKind::Register)
-            .then(|| instruction.op0_register().full_register().number());
-        self.asm
-            .lea(T0, Some(GUEST_RSP), None, -(size as i32), false);
-        self.access(size, meta::STORE | meta::STACK, |s| {
-            match (immediate, register) {
-                (Some(value), _) => s.asm.store_imm_sized(T0, value, size),
-                (_, Some(guest)) => {
-                    let from = s.register(guest, T1);
-                    s.asm.store_sized(T0, from, size);
-                }
-                _ => {
-                    s.asm.load_gs(T1, state_offset!(temp) + 8);
-                    s.asm.store_sized(T0, T1, size);
-                }
-            }
-            Flags::Ax
-        });
-        self.asm
-            .lea(GUEST_RSP, Some(GUEST_RSP), None, -(size as i32), false);
-        true
-    }
-
-    fn pop(&mut self, instruction: &Instruction) -> bool {
-        let size = instruction.stack_pointer_increment().unsigned_abs();
-        self.release_host_flags();
-        self.asm.mov(T0, GUEST_RSP);
-        if instruction.op0_kind() == OpKind::Memory {
-            self.access(size, meta::STACK, |s| {
-                s.asm.load_sized(T1, T0, size);
-                s.asm.store_gs(state_offset!(temp) + 8, T1);
-                Flags::Ax
-            });
-            let on_rsp = instruction.memory_base().full_register() == Register::RSP;
-            self.address(instruction, if on_rsp { size as i32 } else { 0 });
-            let what = if Self::stack_segment(instruction) {
-                meta::STACK
-            } else {
-                0
-            };
-            self.access(size, meta::STORE | what, |s| {
-                s.asm.load_gs(T1, state_offset!(temp) + 8);
-                s.asm.store_sized(T0, T1, size);
-                Flags::Ax
-            });
-            self.asm
-                .lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
-            return true;
-        }
-        let guest = instruction.op0_register().full_register().number();
-        self.access(size, meta::STACK, |s| {
-            if size == 2 {
-                let old = s.register(guest, T1);
-                s.asm.mov(T1, old);
-            }
-            s.asm.load_sized(T1, T0, size);
-            Flags::Ax
-        });
-        self.asm
-            .lea(GUEST_RSP, Some(GUEST_RSP), None, size as i32, false);
-        if size == 2 && guest == 4 {
-            // POP SP keeps the upper bits of the incremented RSP
-            self.asm.raw(&[0x66, 0x45, 0x89, 0xdf]); // mov r15w, r11w
-        } else {
-            self.set_register(guest, T1);
-        }
-        true
-    }
-
     fn special(&mut self, instruction: &Instruction) -> bool {
         match instruction.mnemonic() {
             Mnemonic::Lea => self.lea(instruction),
@@ -510,7 +295,7 @@ impl<'a> Lower<'a> {
                 let narrow = instruction.memory_base() == Register::EBX;
                 self.asm.lea(T0, Some(RBX), Some((T1, 1)), 0, narrow);
                 self.add_segment_base(instruction);
-                self.access(1, 0, |s| {
+                self.access(window_number(instruction), 1, 0, |s| {
                     s.asm.raw(&[0x45, 0x8a, 0x0a]); // mov r9b, [r10]
                     Flags::Ax
                 });
@@ -593,14 +378,7 @@ impl<'a> Lower<'a> {
         self.asm
             .alu_imm(Alu::And, T0, !((rflags::RF | rflags::VM) as i32));
         self.asm.raw(&[0x4d, 0x09, 0xd3]); // or r11, r10
-        self.asm.store_gs(state_offset!(temp) + 8, T1);
-        self.asm.lea(T0, Some(GUEST_RSP), None, -8, false);
-        self.access(8, meta::STORE | meta::STACK, |s| {
-            s.asm.load_gs(T1, state_offset!(temp) + 8);
-            s.asm.store_sized(T0, T1, 8);
-            Flags::Ax
-        });
-        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, -8, false);
+        self.push_t1();
     }
 
     fn system_flags(&mut self, op: Alu, mask: i32) {
@@ -659,19 +437,8 @@ impl<'a> Lower<'a> {
             self.push_return(instruction);
             self.fall_through(instruction.near_branch_target());
         } else if mnemonic == Mnemonic::Ret {
+            self.pop_return(instruction);
             self.release_host_flags();
-            self.asm.mov(T0, GUEST_RSP);
-            self.access(8, meta::STACK, |s| {
-                s.asm.load(T0, T0, 0);
-                Flags::Ax
-            });
-            let drop = if instruction.op_count() == 1 {
-                i32::from(instruction.immediate16())
-            } else {
-                0
-            };
-            self.asm
-                .lea(GUEST_RSP, Some(GUEST_RSP), None, 8 + drop, false);
             self.jump_to_t0(instruction);
         } else {
             self.indirect_branch(instruction);
@@ -682,17 +449,7 @@ impl<'a> Lower<'a> {
         self.release_host_flags();
         let target = state_offset!(temp) + 8;
         if instruction.op0_kind() == OpKind::Memory {
-            self.address(instruction, 0);
-            let what = if Self::stack_segment(instruction) {
-                meta::STACK
-            } else {
-                0
-            };
-            self.access(8, what, |s| {
-                s.asm.load(T1, T0, 0);
-                s.asm.store_gs(target, T1);
-                Flags::Ax
-            });
+            self.load_operand(instruction, 8);
         } else {
             let guest = instruction.op0_register().full_register().number();
             let from = self.register(guest, T0);
@@ -710,22 +467,6 @@ impl<'a> Lower<'a> {
         }
         self.asm.load_gs(T0, target);
         self.jump_to_t0(instruction);
-    }
-
-    fn push_return(&mut self, instruction: &Instruction) {
-        self.release_host_flags();
-        let next = instruction.next_ip();
-        self.asm.lea(T0, Some(GUEST_RSP), None, -8, false);
-        self.access(8, meta::STORE | meta::STACK, |s| {
-            if let Ok(short) = i32::try_from(next as i64) {
-                s.asm.store_imm_sized(T0, short, 8);
-            } else {
-                s.asm.mov_imm(T1, next);
-                s.asm.store_sized(T0, T1, 8);
-            }
-            Flags::Ax
-        });
-        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, -8, false);
     }
 
     /// JRCXZ, LOOP and their kin: no flags are changed.
@@ -858,49 +599,10 @@ impl<'a> Lower<'a> {
         a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
     }
 
-    fn slow_path(&mut self, stub: &Stub) {
-        self.asm.aim(stub.branch);
-        let here = self.asm.len() as u32;
-        self.sites.push(Site {
-            host: here,
-            ..stub.site
-        });
-        self.asm.push_imm(stub.meta);
-        self.asm
-            .call(self.thunks.slow[slow_index(self.mode.user, stub.store)]);
-        let here = self.asm.len() as u32;
-        self.sites.push(Site {
-            host: here,
-            flags: stub.body_flags,
-            ..stub.site
-        });
-        self.asm.bytes.extend_from_within(stub.body.clone());
-        if stub.store {
-            self.asm.call(self.thunks.commit);
-        }
-        let back = self.asm.base + stub.body.end as u64;
-        self.asm.jmp(back);
-    }
-
-    /// Puts guest RAX into host RAX, noting where the flags that were there went.
-    pub(super) fn borrow_rax(&mut self) -> bool {
-        let saved = self.flags == Flags::Ax;
-        if saved {
-            self.asm.store_gs(state_offset!(saved_status), RAX);
-        } else {
-            self.flags = Flags::Host;
-        }
-        saved
-    }
-
     pub(super) fn load_guest_rax(&mut self) {
         self.asm.mov(RAX, GUEST_RAX);
     }
 }
-
-/// Distance of an entry's host address from its tag.
-const HOST_AFTER_TAG: i32 =
-    std::mem::offset_of!(TlbEntry, host) as i32 - std::mem::offset_of!(TlbEntry, tag) as i32;
 
 fn jumps_offset(user: bool) -> i32 {
     let table = if user {

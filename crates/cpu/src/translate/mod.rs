@@ -8,12 +8,15 @@
 //! memory or state; what it emits addresses the state block through GS and guest memory
 //! through host pointers that the TLB gave.
 
+mod access;
 pub(crate) mod asm;
 pub(crate) mod cache;
 pub(crate) mod classify;
 mod generic;
 pub(crate) mod lower;
 mod plain;
+mod spans;
+mod stack;
 pub(crate) mod thunks;
 
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic};
@@ -88,8 +91,9 @@ pub(crate) fn translate(
     let mut lower = Lower::new(tools, thunks, host, source.start, source.mode, numbers);
     lower.begin(uses_fpu);
     let mut end = None;
-    for (instruction, class) in &decoded {
-        if lower.instruction(instruction, *class) {
+    let roles = lower.find_spans(&decoded);
+    for ((instruction, class), role) in decoded.iter().zip(roles) {
+        if lower.instruction(instruction, *class, role) {
             end = Some(*instruction);
             break;
         }

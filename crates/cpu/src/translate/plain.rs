@@ -3,6 +3,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
+use super::access::{Place, window_number};
 use super::asm::{GUEST_RSP, HOME, RAX, RBP, Reg, T0, T1, slot};
 use super::generic::modrm_form;
 use super::lower::{Flags, Lower, meta};
@@ -122,7 +123,7 @@ fn waits_for_x87(i: &Instruction) -> bool {
 }
 
 /// Bytes that the memory operand has on the host: never less than what the host touches.
-fn bytes_accessed(i: &Instruction) -> u32 {
+pub(super) fn bytes_accessed(i: &Instruction) -> u32 {
     match i.code() {
         // AMD's processors read four bytes for the two that the manuals name
         Code::Movsxd_r16_rm16 => 4,
@@ -180,6 +181,36 @@ struct Plan {
     uses_rax: bool,
 }
 
+fn flag(on: bool, bit: u32) -> u32 {
+    if on { bit } else { 0 }
+}
+
+fn memory_operand(i: &Instruction) -> Option<u32> {
+    (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory)
+}
+
+/// Whether the instruction has a memory operand that it spells out.
+pub(super) fn has_memory(i: &Instruction) -> bool {
+    memory_operand(i).is_some()
+}
+
+/// BT and its kin with a bit offset in a register.
+pub(super) fn is_bit_test(i: &Instruction) -> bool {
+    matches!(
+        i.mnemonic(),
+        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+    ) && i.op1_kind() == OpKind::Register
+}
+
+/// The guest register and displacement of an operand that is no more than these.
+pub(super) fn plain_base(i: &Instruction) -> Option<(usize, i32)> {
+    let base = i.memory_base();
+    let plain = base.is_gpr64()
+        && i.memory_index() == Register::None
+        && !matches!(i.memory_segment(), Register::FS | Register::GS);
+    plain.then(|| (base.number(), i.memory_displacement64() as i32))
+}
+
 impl Lower<'_> {
     /// Lowers a plain instruction; false if it has to be emulated after all.
     pub(super) fn plain(&mut self, original: &Instruction) -> bool {
@@ -187,61 +218,127 @@ impl Lower<'_> {
         modrm_form(&mut instruction);
         instruction.set_has_rep_prefix(false);
         instruction.set_has_repne_prefix(false);
-        let memory =
-            (0..instruction.op_count()).find(|&i| instruction.op_kind(i) == OpKind::Memory);
-        let Some(memory) = memory else {
-            let Some(plan) = self.plan(&instruction, false) else {
+        if !has_memory(&instruction) {
+            let free: &[Reg] = if self.in_span {
+                &[T0, RAX]
+            } else {
+                &[T0, T1, RAX]
+            };
+            let Some(plan) = self.plan(&instruction, false, free) else {
                 return false;
             };
             self.body(&plan);
             return true;
+        }
+        let Some((what, size)) = self.memory_use(&instruction) else {
+            return false;
         };
-        let access = self.tools.info.info(&instruction).op_access(memory);
+        if is_bit_test(&instruction) {
+            self.release_host_flags();
+            self.bit_test(&instruction, size, what);
+            return true;
+        }
+        self.operate(&instruction, size, what)
+    }
+
+    /// What an instruction does with its memory operand, and to how many bytes. None: not
+    /// for translated code.
+    pub(super) fn memory_use(&mut self, instruction: &Instruction) -> Option<(u32, u32)> {
+        let memory = memory_operand(instruction)?;
+        let access = self.tools.info.info(instruction).op_access(memory);
         let what = match access {
             OpAccess::Read | OpAccess::CondRead => 0,
             // with an unmasked exception pending, the x87 does not store
-            OpAccess::Write if uses_x87(&instruction) => meta::STORE | meta::LOAD,
+            OpAccess::Write if uses_x87(instruction) => meta::STORE | meta::LOAD,
             OpAccess::Write => meta::STORE,
             OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => {
                 meta::STORE | meta::LOAD
             }
-            OpAccess::NoMemAccess | OpAccess::None => return false,
+            OpAccess::NoMemAccess | OpAccess::None => return None,
         };
-        let what =
-            what | if Self::stack_segment(&instruction) {
-                meta::STACK
-            } else {
-                0
-            } | if demands_alignment(&instruction) {
-                meta::ALIGNED
-            } else {
-                0
-            } | if waits_for_x87(&instruction) {
-                meta::WAITS
-            } else {
-                0
+        let what = what
+            | Self::stack_segment(instruction)
+            | flag(demands_alignment(instruction), meta::ALIGNED)
+            | flag(waits_for_x87(instruction), meta::WAITS);
+        let size = bytes_accessed(instruction);
+        (1..=512).contains(&size).then_some((what, size))
+    }
+
+    /// Whether the instruction changes a general register or part of it.
+    pub(super) fn writes_register(&mut self, instruction: &Instruction, register: usize) -> bool {
+        let used = self.tools.info.info(instruction).used_registers();
+        used.iter().any(|u| {
+            let full = u.register().full_register();
+            full.is_gpr() && full.number() == register && writes(u.access())
+        })
+    }
+
+    /// An instruction with a memory operand, done where the check says.
+    fn operate(&mut self, instruction: &Instruction, size: u32, what: u32) -> bool {
+        let window = window_number(instruction);
+        if let Some((base, disp)) = plain_base(instruction) {
+            let home = HOME[base];
+            let place = Place {
+                base: home.unwrap_or(T0),
+                disp,
             };
-        let size = bytes_accessed(&instruction);
-        if size == 0 || size > 512 {
-            return false;
+            let mut replaced = *instruction;
+            point_at(&mut replaced, place);
+            let free: &[Reg] = if home.is_some() { &[T0, RAX] } else { &[RAX] };
+            let plan = self.plan(&replaced, true, free);
+            if self.in_span {
+                let Some(plan) = plan else {
+                    tracing::error!(code = ?instruction.code(), "a span holds what it cannot");
+                    return false;
+                };
+                if home.is_none() {
+                    self.asm.load_gs(T0, slot(base));
+                }
+                self.body(&plan);
+                return true;
+            }
+            if let (Some(plan), Some(_)) = (plan, home) {
+                self.release_host_flags();
+                self.access_at(place, window, size, what, |s| s.body(&plan));
+                return true;
+            }
         }
-        let bit_test = matches!(
-            instruction.mnemonic(),
-            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
-        ) && instruction.op1_kind() == OpKind::Register;
-        self.release_host_flags();
-        if bit_test {
-            self.bit_test(&instruction, size, what);
+        let mut replaced = *instruction;
+        point_at(&mut replaced, Place::T0);
+        if let Some(plan) = self.plan(&replaced, true, &[RAX]) {
+            self.release_host_flags();
+            self.address(instruction, 0);
+            self.access_at(Place::T0, window, size, what, |s| s.body(&plan));
             return true;
         }
-        let mut replaced = instruction;
-        point_at_t0(&mut replaced);
-        let Some(plan) = self.plan(&replaced, true) else {
+        replaced.set_memory_index(Register::None);
+        let Some(plan) = self.plan(&replaced, true, &[T1, RAX]) else {
             return false;
         };
-        self.address(&instruction, 0);
-        self.access(size, what, |s| s.body(&plan));
+        self.release_host_flags();
+        self.address(instruction, 0);
+        self.access(window, size, what, |s| s.body(&plan));
         true
+    }
+
+    /// Whether a member of a span, or what stands between two, leaves T1 alone.
+    pub(super) fn keeps_t1(&mut self, instruction: &Instruction) -> bool {
+        let mut instruction = *instruction;
+        modrm_form(&mut instruction);
+        let memory = has_memory(&instruction);
+        let free: &[Reg] = match plain_base(&instruction) {
+            Some((base, disp)) if memory => {
+                let home = HOME[base];
+                let place = Place {
+                    base: home.unwrap_or(T0),
+                    disp,
+                };
+                point_at(&mut instruction, place);
+                if home.is_some() { &[T0, RAX] } else { &[RAX] }
+            }
+            _ => &[T0, RAX],
+        };
+        self.plan(&instruction, memory, free).is_some()
     }
 
     /// BT and its kin with a bit offset in a register, which reaches beyond the operand.
@@ -267,9 +364,10 @@ impl Lower<'_> {
             .lea(T0, Some(T0), Some((T1, size as u8)), 0, narrow);
         self.add_segment_base(instruction);
         let mut replaced = *instruction;
-        point_at_t0(&mut replaced);
+        point_at(&mut replaced, Place::T0);
+        replaced.set_memory_index(Register::None);
         replaced.set_op1_register(sized(T1, size as usize));
-        self.access(size, what, |s| {
+        self.access(window_number(instruction), size, what, |s| {
             let from = s.register(guest, T1);
             s.asm.mov(T1, from);
             s.asm.and32(T1, bits - 1);
@@ -281,7 +379,9 @@ impl Lower<'_> {
         });
     }
 
-    fn plan(&mut self, instruction: &Instruction, memory: bool) -> Option<Plan> {
+    /// How to operate with the temporaries in `free`, RAX the last of them. None: it takes
+    /// more.
+    fn plan(&mut self, instruction: &Instruction, memory: bool, free: &[Reg]) -> Option<Plan> {
         let mut plan = Plan {
             instruction: *instruction,
             rax: implicit_rax(instruction),
@@ -321,11 +421,15 @@ impl Lower<'_> {
                     && instruction.op_register(i).full_register() == Register::RSP
             });
         }
-        let free: &[Reg] = match (memory, plan.rax || plan.high.is_some()) {
-            (true, true) => &[T1],
-            (true, false) => &[T1, RAX],
-            (false, true) => &[T0, T1],
-            (false, false) => &[T0, T1, RAX],
+        if plan.low_rsp && !free.contains(&T0)
+            || plan.high.is_some() && plan.rax && !free.contains(&T1)
+        {
+            return None;
+        }
+        let free = if plan.rax || plan.high.is_some() {
+            free.strip_suffix(&[RAX]).unwrap_or(free)
+        } else {
+            free
         };
         plan.uses_rax = plan.rax || plan.high.is_some();
         self.assign(&mut plan, free)?;
@@ -404,7 +508,7 @@ impl Lower<'_> {
             self.asm.load_gs(temp, slot(guest));
         }
         let at = if saved { Flags::Saved } else { self.flags };
-        if plan.instruction.memory_base() == Register::None {
+        if self.in_span || plan.instruction.memory_base() == Register::None {
             self.site(at);
         }
         if plan.low_rsp {
@@ -454,14 +558,19 @@ impl Lower<'_> {
     }
 }
 
-/// Makes `[T0]` the memory operand.
-fn point_at_t0(instruction: &mut Instruction) {
-    instruction.set_memory_base(Register::R10);
-    instruction.set_memory_index(Register::None);
+/// Makes `[base + T1 + disp]` the memory operand.
+fn point_at(instruction: &mut Instruction, place: Place) {
+    instruction.set_memory_base(sized(place.base, 8));
+    instruction.set_memory_index(sized(T1, 8));
     instruction.set_memory_index_scale(1);
-    instruction.set_memory_displacement64(0);
-    instruction.set_memory_displ_size(0);
+    instruction.set_memory_displacement64(place.disp as i64 as u64);
+    let bytes = match place.disp {
+        0 => 0,
+        -128..=127 => 1,
+        _ => 8,
+    };
+    instruction.set_memory_displ_size(bytes);
     instruction.set_segment_prefix(Register::None);
 }
 
-const _: () = assert!(T0.0 == 10 && rflags::CF == 1);
+const _: () = assert!(T0.0 == 10 && T1.0 == 11 && rflags::CF == 1);

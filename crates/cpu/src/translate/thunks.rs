@@ -7,8 +7,9 @@
 use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
 };
+use super::lower::meta;
 use crate::mmu::{AddressSpace, TLB_ENTRIES, TlbEntry, tlb_number};
-use crate::state::state_offset;
+use crate::state::{WINDOWS, Window, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +65,10 @@ pub(crate) struct Thunks {
     pub(crate) host_fault: u64,
     pub(crate) fpu_load: u64,
     pub(crate) commit: u64,
-    /// Indexed by [`slow_index`].
+    /// Slow path of an access, through the TLB first. Indexed by [`slow_index`].
     pub(crate) slow: [u64; 4],
+    /// The same without the TLB.
+    pub(crate) slow_always: [u64; 4],
 }
 
 /// Which slow thunk.
@@ -73,8 +76,13 @@ pub(crate) fn slow_index(user: bool, store: bool) -> usize {
     tlb_number(user, store)
 }
 
+/// Offset of the windows that an access may go through, in the state block.
+pub(crate) fn window_offset(user: bool, store: bool) -> i32 {
+    state_offset!(windows) + (tlb_number(user, store) * size_of::<[Window; WINDOWS]>()) as i32
+}
+
 /// Offset of the tag that an access compares, in the address space.
-pub(crate) fn tag_offset(user: bool, store: bool) -> i32 {
+fn tag_offset(user: bool, store: bool) -> i32 {
     let table = tlb_number(user, store) * size_of::<[TlbEntry; TLB_ENTRIES]>();
     (std::mem::offset_of!(AddressSpace, tlb) + table + std::mem::offset_of!(TlbEntry, tag)) as i32
 }
@@ -168,8 +176,10 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     thunks.commit = commit(a, mask, callbacks.commit);
     for user in [false, true] {
         for store in [false, true] {
-            thunks.slow[slow_index(user, store)] =
-                slow(a, mask, callbacks.access, leave, tag_offset(user, store));
+            let index = slow_index(user, store);
+            thunks.slow[index] = a.here();
+            through_tlb(a, user, store);
+            thunks.slow_always[index] = slow(a, mask, callbacks.access, leave);
         }
     }
     thunks
@@ -231,11 +241,60 @@ fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
     at
 }
 
-/// Slow path of an access. On the stack: return address, meta. In: T0, T1 as the failed
-/// check left them. Out: T0 is a host pointer for the access.
-fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64, tag: i32) -> u64 {
+/// Looks an access up in the TLB, and if it is there fills its window and returns. Falls
+/// through otherwise. In and out as `slow`.
+fn through_tlb(a: &mut Asm, user: bool, store: bool) {
+    let entry = size_of::<TlbEntry>();
+    let tag = tag_offset(user, store);
+    let host = tag + std::mem::offset_of!(TlbEntry, host) as i32
+        - std::mem::offset_of!(TlbEntry, tag) as i32;
+    a.push(RAX);
+    a.push(RCX);
+    a.mov(T1, T0);
+    a.shift(5, T1, 12);
+    if !user {
+        a.mov(RAX, T1);
+        a.shift(5, RAX, TLB_ENTRIES.trailing_zeros() as u8);
+        a.alu(Alu::Xor, T1, RAX);
+    }
+    a.and32(T1, (TLB_ENTRIES - 1) as u32);
+    a.shift(4, T1, entry.trailing_zeros() as u8);
+    a.alu_gs(Alu::Add, T1, state_offset!(space));
+    // the distance from the page that the line is of
+    a.mov(RAX, T0);
+    a.alu_mem(Alu::Xor, RAX, T1, tag);
+    a.alu_imm(Alu::Cmp, RAX, 4095);
+    let miss = a.jcc_forward(cc::A);
+    a.raw(&[0x8b, 0x4c, 0x24, 24]); // mov ecx, [rsp + 24]: meta
+    a.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
+    a.alu(Alu::Add, RAX, RCX);
+    a.alu_imm(Alu::Cmp, RAX, 4096);
+    let crosses = a.jcc_forward(cc::A);
+    a.raw(&[0x8b, 0x4c, 0x24, 24]);
+    a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
+    a.shift(4, RCX, size_of::<Window>().trailing_zeros() as u8);
+    let window = window_offset(user, store);
+    a.load(RAX, T1, tag);
+    a.store_gs_indexed(window, RCX, RAX);
+    a.load(T1, T1, host);
+    a.alu(Alu::Sub, T1, RAX);
+    a.store_gs_indexed(window + 8, RCX, T1);
+    a.store_gs_imm(state_offset!(windows_used), 1);
+    a.pop(RCX);
+    a.pop(RAX);
+    a.raw(&[0xc2, 8, 0]); // ret 8
+    a.aim(miss);
+    a.aim(crosses);
+    a.pop(RCX);
+    a.pop(RAX);
+}
+
+/// Slow path of an access. On the stack: return address, meta. In: T0, the linear address.
+/// Out: T0 as before, T1 the distance from it to where the access is to be done. Returns
+/// five bytes further, behind a jump, if that is the bounce buffer.
+fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64) -> u64 {
     let at = a.here();
-    a.alu_mem(Alu::Xor, T0, T1, tag);
+    a.store_gs(state_offset!(temp) + 24, T0);
     save_guests(a);
     a.mov(RBX, RSP);
     vectors_save(a, mask);
@@ -247,12 +306,18 @@ fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64, tag: i32) -> u64 {
     vectors_restore(a, mask);
     a.raw(&[0x48, 0x85, 0xc0]); // test rax, rax
     let fault = a.jcc_forward(cc::E);
-    a.mov(T0, RAX);
+    a.load_gs(T0, state_offset!(temp) + 24);
+    a.mov(T1, RAX);
+    a.alu(Alu::Sub, T1, T0);
     for guest in CALLER_SAVED_GUESTS {
         a.load_gs(HOME[guest].unwrap_or(GUEST_RAX), slot(guest));
     }
     a.load_gs(RBX, slot(3));
     a.load_gs(RAX, state_offset!(status));
+    a.test_gs_zero(state_offset!(bounced));
+    let direct = a.jcc_forward(cc::E);
+    a.raw(&[0x48, 0x83, 0x04, 0x24, 5]); // add qword [rsp], 5
+    a.aim(direct);
     a.raw(&[0xc2, 8, 0]); // ret 8
     a.aim(fault);
     for guest in CALLER_SAVED_GUESTS {

@@ -1,0 +1,276 @@
+//! Memory accesses of translated code: the check in line, and the way out where it fails.
+//!
+//! ```text
+//!   lea  T0, [base + disp]          the linear address
+//!   sub  T0, gs:[window.start]      its distance from the window of this place
+//!   cmp  T0, 4096 - size
+//!   ja   slow                       soft TLB, then Rust; fills the window
+//!   mov  T1, gs:[window.delta]      host address less linear address
+//!   op   [base + T1 + disp]
+//! ```
+//!
+//! A window is one page that a place in the code used last (`State::windows`). The address
+//! that the access itself takes does not wait for the check, which the host predicts. A
+//! span is a run of accesses off one base register that share a check (`spans`).
+//!
+//! Called by `lower`, `plain` and `stack`. Nothing here decides what an instruction does.
+
+use std::ops::Range;
+
+use iced_x86::{Instruction, Register};
+
+use super::asm::{Alu, RAX, Reg, T0, T1, cc};
+use super::lower::{Flags, Lower, Site, meta};
+use super::thunks::{slow_index, window_offset};
+use crate::state::{WINDOWS, state_offset};
+
+/// Where a checked access is done: `[base + T1 + disp]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(super) base: Reg,
+    pub(super) disp: i32,
+}
+
+impl Place {
+    /// At the linear address in T0.
+    pub(super) const T0: Self = Self { base: T0, disp: 0 };
+}
+
+/// Which window serves accesses off the stack pointer: they share one.
+pub(super) const STACK_WINDOW: u32 = 0;
+
+/// The window of an instruction. Accesses to fixed addresses share theirs by page, others
+/// have it by where they are in the code.
+pub(super) fn window_number(instruction: &Instruction) -> u32 {
+    let base = instruction.memory_base();
+    let key = match base {
+        Register::RSP => return STACK_WINDOW,
+        Register::None | Register::RIP if instruction.memory_index() == Register::None => {
+            instruction.memory_displacement64() >> 12
+        }
+        _ => instruction.ip(),
+    };
+    let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    1 + (mixed as u32) % (WINDOWS as u32 - 1)
+}
+
+/// An access whose check may fail, and what is to be written for that case.
+pub(super) struct Stub {
+    branch: usize,
+    meta: u32,
+    store: bool,
+    /// T0 is less by the window's start.
+    recover: bool,
+    /// Where the check has passed.
+    resume: usize,
+    /// The access itself, to be written again; none for a span.
+    body: Option<Range<usize>>,
+    site: Site,
+    body_flags: Flags,
+}
+
+impl Lower<'_> {
+    /// The linear address of the memory operand into T0. The host's flags must be free.
+    pub(super) fn address(&mut self, instruction: &Instruction, extra: i32) {
+        self.effective_address(instruction, extra);
+        self.add_segment_base(instruction);
+    }
+
+    /// Makes the effective address in T0 a linear one. The host's flags must be free.
+    pub(super) fn add_segment_base(&mut self, instruction: &Instruction) {
+        match instruction.memory_segment() {
+            Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
+            Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
+            _ => {}
+        }
+    }
+
+    /// The effective address into T0; flags stay.
+    pub(super) fn effective_address(&mut self, instruction: &Instruction, extra: i32) {
+        let base = instruction.memory_base();
+        let index = instruction.memory_index();
+        let displacement = instruction.memory_displacement64();
+        if base == Register::RIP || base == Register::EIP {
+            self.asm.mov_imm(T0, displacement);
+            return;
+        }
+        if base == Register::None && index == Register::None {
+            let narrow = instruction.memory_displ_size() == 4;
+            self.asm.mov_imm(
+                T0,
+                if narrow {
+                    displacement & 0xffff_ffff
+                } else {
+                    displacement
+                },
+            );
+            return;
+        }
+        let narrow = base.size() == 4 || index.size() == 4;
+        let host_base =
+            (base != Register::None).then(|| self.register(base.full_register().number(), T0));
+        let host_index = (index != Register::None).then(|| {
+            let reg = self.register(index.full_register().number(), T1);
+            (reg, instruction.memory_index_scale() as u8)
+        });
+        let disp = displacement as i32;
+        let total = disp.wrapping_add(extra);
+        self.asm.lea(T0, host_base, host_index, total, narrow);
+    }
+
+    /// Whether a fault of the memory operand's address is the stack segment's.
+    pub(super) fn stack_segment(instruction: &Instruction) -> u32 {
+        // overrides other than FS and GS are ignored in 64-bit mode
+        let on_stack = !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
+            && matches!(
+                instruction.memory_base(),
+                Register::RSP | Register::RBP | Register::ESP | Register::EBP
+            );
+        if on_stack { meta::STACK } else { 0 }
+    }
+
+    /// An access of `size` bytes at the linear address in T0. In `body` T0 is a host pointer
+    /// and T1 is free.
+    pub(super) fn access(
+        &mut self,
+        window: u32,
+        size: u32,
+        what: u32,
+        body: impl FnOnce(&mut Self) -> Flags,
+    ) {
+        self.access_at(Place::T0, window, size, what, |s| {
+            s.asm.alu(Alu::Add, T0, T1);
+            body(s)
+        });
+    }
+
+    /// An access of `size` bytes at the linear address `place.base + place.disp`. `body` is
+    /// written twice, in place and in the slow path; it does the access at `place`, and may
+    /// use T0 where that is not its base.
+    pub(super) fn access_at(
+        &mut self,
+        place: Place,
+        window: u32,
+        size: u32,
+        what: u32,
+        body: impl FnOnce(&mut Self) -> Flags,
+    ) {
+        let mut stub = self.check(place, window, size, what);
+        let start = self.asm.len();
+        let body_flags = body(self);
+        let site = Site {
+            host: start as u32,
+            guest: self.current,
+            flags: body_flags,
+        };
+        // the body's own instructions come before whatever follows it
+        let position = self.sites.partition_point(|s| s.host <= start as u32);
+        self.sites.insert(position, site);
+        stub.body = Some(start..self.asm.len());
+        stub.body_flags = body_flags;
+        self.stubs.push(stub);
+    }
+
+    /// Checks that the accesses of a span, from `place` on, are within one page, so that
+    /// they need no checks of their own as long as T1 is kept.
+    pub(super) fn span(&mut self, place: Place, window: u32, size: u32, what: u32) {
+        let stub = self.check(place, window, size, what | meta::SPAN);
+        self.stubs.push(stub);
+    }
+
+    fn check(&mut self, place: Place, window: u32, size: u32, what: u32) -> Stub {
+        debug_assert!(self.flags == Flags::Ax);
+        let store = what & meta::STORE != 0;
+        let at = window_offset(self.mode.user, store) + (window * size_of_window()) as i32;
+        let direct = place.base != T0;
+        let a = &mut self.asm;
+        if direct {
+            a.lea(T0, Some(place.base), None, place.disp, false);
+        }
+        let always_slow = self.mode.single || self.mode.aligned;
+        let branch = if always_slow {
+            // never below zero
+            a.alu_imm(Alu::Cmp, T0, 0);
+            a.jcc_forward(cc::AE)
+        } else {
+            let distance = if direct { T0 } else { T1 };
+            a.mov(distance, T0);
+            a.alu_gs(Alu::Sub, distance, at);
+            a.alu_imm(Alu::Cmp, distance, 4096 - size as i32);
+            a.jcc_forward(cc::A)
+        };
+        a.load_gs(T1, at + 8);
+        Stub {
+            branch,
+            meta: size | what | window << meta::WINDOW_SHIFT,
+            store,
+            recover: direct && !always_slow,
+            resume: a.len(),
+            body: None,
+            site: Site {
+                host: 0,
+                guest: self.current,
+                flags: Flags::Ax,
+            },
+            body_flags: Flags::Ax,
+        }
+    }
+
+    /// Writes what happens when the check of `stub` failed.
+    pub(super) fn slow_path(&mut self, stub: &Stub) {
+        self.asm.aim(stub.branch);
+        let here = self.asm.len() as u32;
+        self.sites.push(Site {
+            host: here,
+            ..stub.site
+        });
+        let user = self.mode.user;
+        if stub.recover {
+            let window = (stub.meta >> meta::WINDOW_SHIFT) * size_of_window();
+            let at = window_offset(user, stub.store) + window as i32;
+            self.asm.alu_gs(Alu::Add, T0, at);
+        }
+        self.asm.push_imm(stub.meta);
+        let index = slow_index(user, stub.store);
+        let thunk = if self.mode.single || self.mode.aligned {
+            self.thunks.slow_always[index]
+        } else {
+            self.thunks.slow[index]
+        };
+        self.asm.call(thunk);
+        // the thunk returns here, or behind this jump if the access is bounced
+        let resume = self.asm.base + stub.resume as u64;
+        self.asm.jmp(resume);
+        let Some(body) = stub.body.clone() else {
+            return;
+        };
+        let here = self.asm.len() as u32;
+        self.sites.push(Site {
+            host: here,
+            flags: stub.body_flags,
+            ..stub.site
+        });
+        let back = self.asm.base + body.end as u64;
+        self.asm.bytes.extend_from_within(body);
+        if stub.store {
+            self.asm.call(self.thunks.commit);
+        }
+        self.asm.jmp(back);
+    }
+
+    /// Puts guest RAX into host RAX, noting where the flags that were there went.
+    pub(super) fn borrow_rax(&mut self) -> bool {
+        let saved = self.flags == Flags::Ax;
+        if saved {
+            self.asm.store_gs(state_offset!(saved_status), RAX);
+        } else {
+            self.flags = Flags::Host;
+        }
+        saved
+    }
+}
+
+/// Bytes of one window in the state block.
+const fn size_of_window() -> u32 {
+    size_of::<crate::state::Window>() as u32
+}
