@@ -12,3 +12,5 @@ mod endings;
 mod guest;
 mod host;
 mod programs;
+mod pty;
+mod terminal;
