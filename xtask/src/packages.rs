@@ -42,6 +42,14 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         name: "setpriv",
         package: "util-linux",
     },
+    Program {
+        name: "xz",
+        package: "xz-utils",
+    },
+    Program {
+        name: "zstd",
+        package: "zstd",
+    },
 ];
 
 impl Program {

@@ -1,7 +1,7 @@
 //! Whole-system tests: real guests, booted through the `strata` binary as a user would.
 //!
-//! They need what `cargo xtask test` installs: gcc, strace, e2fsprogs and setpriv. All
-//! share the user's cached appliance. No test asserts a time.
+//! They need what `cargo xtask test` installs: gcc, strace, e2fsprogs, setpriv, xz and zstd.
+//! All share the user's cached appliance. No test asserts a time.
 #![forbid(unsafe_code)]
 
 mod boots;
@@ -11,4 +11,7 @@ mod disks;
 mod endings;
 mod guest;
 mod host;
+mod kernels;
 mod programs;
+mod pty;
+mod terminal;
