@@ -16,6 +16,7 @@ use crate::console::{KeyInput, Output, PipeInput, Show, Tail, Typist};
 use crate::exit::End;
 use crate::guard::Guard;
 use crate::report::say;
+use crate::sandbox;
 use crate::supervisor::{Stop, Supervisor};
 use crate::terminal::{self, RawMode};
 
@@ -42,6 +43,10 @@ pub(crate) enum Fault {
     /// The machine refuses its configuration.
     #[error(transparent)]
     Machine(strata_vmm::Error),
+
+    /// This process is not locked up as it has to be.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Fault),
 
     /// Something of this host's cannot be used.
     #[error("cannot {action}")]
@@ -71,6 +76,10 @@ impl Fault {
                 "boot files of your own instead: --kernel FILE (a Linux bzImage or vmlinux) and \
                  --initrd FILE (an initramfs); or copy ~/.cache/strata from a host where \
                  'strata run' has built the appliance",
+            ),
+            Self::Sandbox(sandbox::Fault::Incomplete(_)) => Some(
+                "use --sandbox auto to run with the layers that there are; 'strata doctor' lists \
+                 them",
             ),
             _ => None,
         }
@@ -137,7 +146,8 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         .catch_signals(on_terminal)
         .map_err(Fault::host("watch for signals"))?;
 
-    // From here on there are threads, and nothing more is opened.
+    // All is open; no thread has been started yet, as most locks ask for.
+    sandbox::lock_up(args.sandbox)?;
     let machine = opened.build().map_err(Fault::Machine)?;
     let raw = if on_terminal {
         RawMode::enter(guard).map_err(Fault::host("make the terminal raw"))?

@@ -14,10 +14,10 @@ static FREE: Mutex<usize> = Mutex::new(SLOTS);
 static FREED: Condvar = Condvar::new();
 
 /// The right to run one guest, until dropped.
-struct Slot;
+pub(crate) struct Slot;
 
 impl Slot {
-    fn take() -> Self {
+    pub(crate) fn take() -> Self {
         let free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
         let mut free = FREED
             .wait_while(free, |free| *free == 0)

@@ -12,3 +12,4 @@ mod endings;
 mod guest;
 mod host;
 mod programs;
+mod sandbox;
