@@ -12,8 +12,8 @@
 //! opened all that it will use. This crate must never know what runs in the process; which
 //! system calls that needs is the list in `syscalls`.
 
-mod descriptors;
 mod files;
+mod inherited;
 mod namespaces;
 mod privileges;
 mod syscalls;
@@ -110,7 +110,7 @@ pub enum Error {
 /// whatever `layers` take away. To be called before the process starts a second thread.
 ///
 /// All file descriptors without close-on-exec are closed, except the standard streams: they came
-/// from whoever started the process.
+/// from whoever started the process. So did the environment, which is wiped.
 ///
 /// Later, a system call that is forbidden ends the process with SIGSYS and a message on standard
 /// error; those that libraries try and can do without (opening files above all) fail with EACCES.
@@ -122,7 +122,8 @@ pub fn enter(layers: &[Layer]) -> Result<Report, Error> {
         1 => {}
         threads => return Err(Error::Threads(threads)),
     }
-    descriptors::close_inherited().map_err(Error::Proc)?;
+    inherited::close_descriptors().map_err(Error::Proc)?;
+    inherited::wipe_environment();
     let report = layers.iter().map(|layer| (*layer, layer.enter()));
     Ok(Report(report.collect()))
 }

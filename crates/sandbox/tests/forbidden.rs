@@ -179,6 +179,18 @@ fn inherited_descriptors_are_closed_and_those_of_rust_stay_open() {
 }
 
 #[test]
+fn the_inherited_environment_is_wiped() {
+    // SAFETY: a string with NUL; nothing changes the environment meanwhile.
+    let path = unsafe { libc::getenv(c"PATH".as_ptr()) };
+    assert!(!path.is_null());
+    ends(&[], &End::Errno(0), || {
+        // SAFETY: still a string.
+        let left = unsafe { libc::strlen(path) };
+        i32::from(left != 0 || std::env::vars_os().next().is_some())
+    });
+}
+
+#[test]
 fn namespaces_have_no_files() {
     fails(Layer::Namespaces, libc::ENOENT, || {
         open(PASSWD, libc::O_RDONLY)
