@@ -79,7 +79,8 @@ impl CodeWriteListener for Listener {
     }
 }
 
-/// A software vCPU. It belongs to the thread that calls [`Cpu::run`].
+/// A software vCPU. It may be made on one thread and run on another, which it belongs to while
+/// [`Cpu::run`] is on it.
 pub struct Cpu {
     core: Core,
     blocks: Blocks,
@@ -100,6 +101,12 @@ pub struct Cpu {
     device_writes: Arc<DeviceWrites>,
     statistics: Statistics,
 }
+
+// SAFETY: what it points to (state block, address spaces, code cache) it owns and takes along.
+// Nothing in it is bound to a thread but `bus`, which is `None` outside `run`; `run` itself sets
+// what the thread needs (the GS base, the window of the signal handler), and borrows `self`
+// mutably for as long.
+unsafe impl Send for Cpu {}
 
 impl Cpu {
     /// A vCPU with number `index` on `memory`, with the state after reset but in no mode

@@ -36,8 +36,8 @@ pub enum Error {
     Soft(#[from] strata_cpu::Error),
 }
 
-/// One virtual CPU, bound to the thread that runs it.
-pub trait Processor {
+/// One virtual CPU. It can be made on one thread and handed to the one that runs it.
+pub trait Processor: Send {
     /// Runs the guest until a [`Halt`]. Set `stop`, then [`Waker::wake`], to end it from
     /// another thread. `HLT` waits inside.
     fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Halt;

@@ -40,6 +40,9 @@ pub(crate) enum Command {
     /// Give the terminal back if the process that started this one dies
     #[command(name = crate::guard::SUBCOMMAND, hide = true)]
     TerminalGuard,
+    /// Enter the sandbox and say what became of each of its layers
+    #[command(name = crate::sandbox::SUBCOMMAND, hide = true)]
+    SandboxProbe,
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -90,6 +93,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
     pub(crate) accel: Accelerator,
 
+    /// How this process locks itself up before the guest runs
+    #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
+    pub(crate) sandbox: Sandbox,
+
     /// Stop the machine after this time, such as 30s, 5m or 500ms
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) timeout: Option<Duration>,
@@ -127,6 +134,17 @@ pub(crate) enum Accelerator {
     Auto,
     /// The software CPU, which needs nothing of the host
     Soft,
+}
+
+/// How the process locks itself up before the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sandbox {
+    /// As far as this host allows; see `strata doctor`
+    Auto,
+    /// Wholly, or no machine is started
+    Require,
+    /// Not at all, for debuggers
+    Off,
 }
 
 /// Arguments of `strata doctor`.

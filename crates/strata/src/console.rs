@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -202,10 +202,16 @@ pub(crate) struct KeyInput {
     rest: VecDeque<u8>,
 }
 
-impl KeyInput {
+/// What will read the terminal for a [`KeyInput`].
+pub(crate) struct Typist {
+    stopper: Stopper,
+    typed: Sender<Vec<u8>>,
+}
+
+impl Typist {
     /// Begins to read the terminal, so that Ctrl-A x works before the guest listens.
-    pub(crate) fn start(gate: Gate, stopper: Stopper) -> io::Result<Self> {
-        let (sender, typed) = mpsc::channel();
+    pub(crate) fn start(self) -> io::Result<()> {
+        let Self { stopper, typed } = self;
         thread::Builder::new()
             .name("keys".to_owned())
             .spawn(move || {
@@ -225,16 +231,25 @@ impl KeyInput {
                             Key::Nothing => {}
                         }
                     }
-                    if !send.is_empty() && sender.send(send).is_err() {
+                    if !send.is_empty() && typed.send(send).is_err() {
                         return;
                     }
                 }
-            })?;
-        Ok(Self {
-            gate,
-            typed,
-            rest: VecDeque::new(),
-        })
+            })
+            .map(drop)
+    }
+}
+
+impl KeyInput {
+    /// The input, and what is to be started for it.
+    pub(crate) fn new(gate: Gate, stopper: Stopper) -> (Self, Typist) {
+        let (sender, typed) = mpsc::channel();
+        let typist = Typist {
+            stopper,
+            typed: sender,
+        };
+        let rest = VecDeque::new();
+        (Self { gate, typed, rest }, typist)
     }
 }
 

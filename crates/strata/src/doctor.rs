@@ -7,11 +7,13 @@ mod host;
 
 use serde::Serialize;
 use strata_image::{Cache, CacheState};
+use strata_sandbox::Layer;
 
 use crate::cli::OutputForm;
 use crate::exit::End;
+use crate::sandbox::Found;
 use crate::units::display_size;
-use host::{Host, KvmDevice, Namespaces};
+use host::{Host, KvmDevice};
 
 /// Memory a default guest and Strata itself need, bytes.
 const COMFORTABLE_MEMORY: u64 = 768 << 20;
@@ -68,14 +70,9 @@ impl Report {
     fn of(host: &Host, cache: Finding) -> Self {
         let mut findings = vec![processor(host)];
         findings.extend(instructions(host));
-        findings.extend([
-            kvm(&host.kvm),
-            memory(host),
-            memfd(host),
-            namespaces(&host.namespaces),
-            apt(host.apt.as_deref()),
-            cache,
-        ]);
+        findings.extend([kvm(&host.kvm), memory(host), memfd(host)]);
+        findings.extend(sandbox(&host.sandbox));
+        findings.extend([apt(host.apt.as_deref()), cache]);
         let can_run_guests = findings.iter().all(|finding| finding.grade < Grade::Bad);
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -94,7 +91,7 @@ impl Report {
                 Grade::Limited => "note",
                 Grade::Bad => "FAIL",
             };
-            let _ = writeln!(text, "{mark:<5} {:<18} {}", finding.subject, finding.detail);
+            let _ = writeln!(text, "{mark:<5} {:<19} {}", finding.subject, finding.detail);
         }
         let verdict = if self.can_run_guests {
             "This host can run guests."
@@ -218,16 +215,31 @@ fn memfd(host: &Host) -> Finding {
     }
 }
 
-fn namespaces(found: &Namespaces) -> Finding {
-    const SUBJECT: &str = "user namespaces";
-    match found {
-        Namespaces::Open => finding(SUBJECT, Grade::Good, "open to every user (not used yet)"),
-        Namespaces::Closed(by) => finding(
-            SUBJECT,
-            Grade::Limited,
-            format!("closed to ordinary users by {by} (not used yet)"),
-        ),
-    }
+/// What holds a guest that breaks out of its machine. Machines run without, too.
+fn sandbox(found: &Result<Vec<Found>, String>) -> Vec<Finding> {
+    let found = match found {
+        Ok(found) => found,
+        Err(error) => {
+            let detail = format!("cannot be tried: {error}");
+            return vec![finding("sandbox", Grade::Limited, detail)];
+        }
+    };
+    let judge = |found: &Found| {
+        let subject = match found.layer {
+            Layer::Namespaces => "sandbox: namespaces",
+            Layer::Privileges => "sandbox: privileges",
+            Layer::Landlock => "sandbox: Landlock",
+            Layer::Seccomp => "sandbox: seccomp",
+        };
+        match &found.state {
+            Ok(detail) => finding(subject, Grade::Good, detail),
+            Err(reason) => {
+                let detail = format!("{reason}; machines run without this layer");
+                finding(subject, Grade::Limited, detail)
+            }
+        }
+    };
+    found.iter().map(judge).collect()
 }
 
 fn apt(version: Option<&str>) -> Finding {
@@ -284,8 +296,15 @@ mod tests {
             memory_limit: None,
             memfd: Ok(()),
             memfd_noexec: Some(0),
-            namespaces: Namespaces::Open,
+            sandbox: Ok(vec![layer(Ok("only what machines call".into()))]),
             apt: Some("apt 2.6.1".into()),
+        }
+    }
+
+    fn layer(state: Result<String, String>) -> Found {
+        Found {
+            layer: Layer::Seccomp,
+            state,
         }
     }
 
@@ -325,11 +344,25 @@ mod tests {
         let host = Host {
             instructions: vec![set(false, &["avx2"])],
             memory_limit: Some(100 << 20),
-            namespaces: Namespaces::Closed("a sysctl".into()),
+            sandbox: Ok(vec![layer(Err("not built in".into()))]),
             apt: None,
             ..good_host()
         };
         assert!(report(&host).can_run_guests);
+    }
+
+    #[test]
+    fn a_missing_layer_of_the_sandbox_is_noted_with_its_reason() {
+        let host = Host {
+            sandbox: Ok(vec![layer(Err("not built in".into()))]),
+            ..good_host()
+        };
+        let text = report(&host).text();
+        let line = text.lines().find(|line| line.contains("seccomp")).unwrap();
+        assert!(
+            line.starts_with("note") && line.contains("not built in"),
+            "{line}"
+        );
     }
 
     #[test]

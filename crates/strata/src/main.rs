@@ -13,6 +13,7 @@ mod keys;
 mod manual;
 mod report;
 mod run;
+mod sandbox;
 mod streams;
 mod supervisor;
 mod terminal;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
             Ok(()) => End::Done,
             Err(_) => End::NotStarted,
         },
+        Command::SandboxProbe => sandbox::answer_probe(),
         Command::Doctor(args) => doctor::doctor(args.output),
         Command::Completions { shell } => print(&manual::completions(shell)),
         Command::Man { subcommand } => match manual::page(subcommand.as_deref()) {

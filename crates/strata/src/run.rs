@@ -12,10 +12,11 @@ use strata_vmm::{
 use crate::appliance;
 use crate::cli::{Accelerator, RunArgs};
 use crate::command::{self, Status};
-use crate::console::{KeyInput, Output, PipeInput, Show, Tail};
+use crate::console::{KeyInput, Output, PipeInput, Show, Tail, Typist};
 use crate::exit::End;
 use crate::guard::Guard;
 use crate::report::say;
+use crate::sandbox;
 use crate::supervisor::{Stop, Supervisor};
 use crate::terminal::{self, RawMode};
 
@@ -42,6 +43,10 @@ pub(crate) enum Fault {
     /// The machine refuses its configuration.
     #[error(transparent)]
     Machine(strata_vmm::Error),
+
+    /// This process is not locked up as it has to be.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Fault),
 
     /// Something of this host's cannot be used.
     #[error("cannot {action}")]
@@ -72,6 +77,10 @@ impl Fault {
                  --initrd FILE (an initramfs); or copy ~/.cache/strata from a host where \
                  'strata run' has built the appliance",
             ),
+            Self::Sandbox(sandbox::Fault::Incomplete(_)) => Some(
+                "use --sandbox auto to run with the layers that there are; 'strata doctor' lists \
+                 them",
+            ),
             _ => None,
         }
     }
@@ -98,7 +107,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     let gate = output.gate();
     let status = Status::default();
 
-    // The keys are read from here on; the terminal becomes raw only when all else is well.
+    // The terminal becomes raw only when all else is well.
     let on_terminal = !wants_command && io::stdin().is_terminal();
     let mut config = MachineConfig {
         cpus: args.cpus,
@@ -118,27 +127,37 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         ports: Vec::<ConsolePort>::new(),
     };
     let mut guard = None;
+    let mut typist = None;
     if wants_command {
         config.ports = command::ports(&status, &supervisor.stopper());
     } else if on_terminal {
         guard = Guard::start()
             .inspect_err(|error| tracing::warn!(%error, "no guard for the terminal"))
             .ok();
-        let keys = KeyInput::start(gate, supervisor.stopper());
-        config.console.input = Some(Box::new(keys.map_err(Fault::host("start a thread"))?));
+        let (keys, reader) = KeyInput::new(gate, supervisor.stopper());
+        config.console.input = Some(Box::new(keys));
+        typist = Some(reader);
     } else {
         config.console.input = Some(Box::new(PipeInput::new(gate)));
     }
 
-    let machine = Machine::build(config).map_err(Fault::Machine)?;
+    let opened = Machine::open(config).map_err(Fault::Machine)?;
+    let signals = supervisor
+        .catch_signals(on_terminal)
+        .map_err(Fault::host("watch for signals"))?;
+
+    // All is open; no thread has been started yet, as most locks ask for.
+    sandbox::lock_up(args.sandbox)?;
+    let machine = opened.build().map_err(Fault::Machine)?;
     let raw = if on_terminal {
         RawMode::enter(guard).map_err(Fault::host("make the terminal raw"))?
     } else {
         None
     };
-    supervisor
-        .watch_signals(raw.is_some())
-        .map_err(Fault::host("watch for signals"))?;
+    typist
+        .map_or(Ok(()), Typist::start)
+        .and_then(|()| signals.watch())
+        .map_err(Fault::host("start a thread"))?;
     let control = machine.control();
     let stop = supervisor
         .start(args.timeout, move || control.stop())

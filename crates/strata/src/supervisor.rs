@@ -97,36 +97,17 @@ impl Supervisor {
         self.stopper.clone()
     }
 
-    /// Turns signals into reasons to stop. With `keep_terminal`, suspends and continues the
-    /// process with the terminal in the right mode.
-    pub(crate) fn watch_signals(&self, keep_terminal: bool) -> io::Result<()> {
+    /// Catches signals, which wait until [`Caught::watch`] looks at them. With
+    /// `keep_terminal`, suspends and continues the process with the terminal in the right mode.
+    pub(crate) fn catch_signals(&self, keep_terminal: bool) -> io::Result<Caught> {
         let mut wanted = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT];
         if keep_terminal {
             wanted.extend([SIGTSTP, SIGCONT]);
         }
-        let mut signals = Signals::new(wanted)?;
-        let stopper = self.stopper();
-        thread::Builder::new()
-            .name("signals".to_owned())
-            .spawn(move || {
-                let mut stopping = false;
-                for signal in &mut signals {
-                    match signal {
-                        SIGTSTP => {
-                            terminal::restore();
-                            let _ = emulate_default_handler(SIGTSTP);
-                        }
-                        SIGCONT => drop(terminal::set_raw()),
-                        // Who asks twice does not want to wait.
-                        _ if stopping => leave(End::Signal(signal)),
-                        _ => {
-                            stopping = true;
-                            stopper.stop(Stop::Signal(signal));
-                        }
-                    }
-                }
-            })?;
-        Ok(())
+        Ok(Caught {
+            signals: Signals::new(wanted)?,
+            stopper: self.stopper(),
+        })
     }
 
     /// Begins to act: calls `stop_machine` on the first reason, or when `timeout` is over. The
@@ -162,6 +143,44 @@ impl Supervisor {
                 leave(end);
             })?;
         Ok(reason)
+    }
+}
+
+/// Signals that no longer do what they do by default.
+#[derive(Debug)]
+pub(crate) struct Caught {
+    signals: Signals,
+    stopper: Stopper,
+}
+
+impl Caught {
+    /// Turns signals into reasons to stop, those too that came before.
+    pub(crate) fn watch(self) -> io::Result<()> {
+        let Self {
+            mut signals,
+            stopper,
+        } = self;
+        thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || {
+                let mut stopping = false;
+                for signal in &mut signals {
+                    match signal {
+                        SIGTSTP => {
+                            terminal::restore();
+                            let _ = emulate_default_handler(SIGTSTP);
+                        }
+                        SIGCONT => drop(terminal::set_raw()),
+                        // Who asks twice does not want to wait.
+                        _ if stopping => leave(End::Signal(signal)),
+                        _ => {
+                            stopping = true;
+                            stopper.stop(Stop::Signal(signal));
+                        }
+                    }
+                }
+            })?;
+        Ok(())
     }
 }
 

@@ -6,7 +6,9 @@ use std::io;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use strata_vmm::{Accel, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole};
+use strata_vmm::{
+    Accel, DiskConfig, InitrdPart, Machine, MachineConfig, Opened, Outcome, SerialConsole,
+};
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -42,7 +44,7 @@ fn main() -> ExitCode {
         ports: Vec::new(),
     };
     let start = Instant::now();
-    let machine = match Machine::build(config) {
+    let machine = match Machine::open(config).and_then(Opened::build) {
         Ok(machine) => machine,
         Err(error) => {
             eprintln!("boot: {error}");

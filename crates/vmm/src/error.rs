@@ -78,6 +78,14 @@ pub enum Error {
     /// A disk or console port could not be set up.
     #[error(transparent)]
     Device(#[from] virtio::Error),
+    /// A vCPU could not be made.
+    #[error("cannot make vCPU {index}")]
+    Vcpu {
+        /// Which one.
+        index: u8,
+        /// Why not.
+        source: strata_hypervisor::Error,
+    },
     /// The host gave no thread.
     #[error("cannot start a thread for the machine")]
     Thread(#[source] io::Error),

@@ -1,15 +1,17 @@
 //! One virtual machine: build it, boot Linux in it, run it, stop it.
 //!
 //! ```text
-//!   MachineConfig ─► Machine::build ─► run ─► Outcome
-//!                      │                │
-//!        boot: kernel, initrd,          ├─ vCPU threads: Processor::run ─► VcpuBus
-//!        boot_params, ACPI              │     ├─ ports, MMIO ─► bus ─► chipset, serial, PCI
-//!                                       │     └─ LAPIC, kvmclock MSRs
-//!                                       ├─ timer thread: wakes running vCPUs
-//!                                       ├─ console threads: host input and output
-//!                                       └─ virtio workers: host I/O
+//!   MachineConfig ─► Machine::open ─► Opened::build ─► Machine::run ─► Outcome
+//!                      │                 │                │
+//!        files, memory, vCPUs            ├─ console       ├─ vCPU threads: Processor::run ─► VcpuBus
+//!        boot: kernel, initrd,           │  threads:      │     ├─ ports, MMIO ─► bus ─► chipset,
+//!        boot_params, ACPI               │  host streams  │     │                 serial, PCI
+//!                                        └─ virtio        │     └─ LAPIC, kvmclock MSRs
+//!                                           workers       └─ timer thread: wakes running vCPUs
 //! ```
+//!
+//! What is opened needs nothing new of the host and has no thread yet, so between `open` and
+//! `build` the process can be locked up.
 //!
 //! Locks live here: devices are state machines without any, and vCPU threads never do host
 //! I/O. This crate knows nothing of images or tenants.
@@ -39,4 +41,4 @@ pub use config::{Accel, ConsolePort, DiskConfig, InitrdPart, MachineConfig, Seri
 pub use ending::Outcome;
 pub use error::{Error, KernelProblem};
 pub use interrupts::Interrupts;
-pub use machine::{Control, Machine};
+pub use machine::{Control, Machine, Opened};

@@ -1,6 +1,5 @@
-//! A machine: built from its configuration, run until it ends.
+//! A machine: opened from its configuration, built, run until it ends.
 
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -9,26 +8,34 @@ use strata_hypervisor::state::Registers;
 use strata_memory::GuestMemory;
 
 use crate::boot::{self, Loaded};
-use crate::chipset::{self, Parts};
 use crate::clock::{Calibration, Clock, tsc};
-use crate::config::MachineConfig;
+use crate::config::{DiskConfig, MachineConfig};
 use crate::console::{Output, SerialPort};
 use crate::ending::{Ending, Outcome};
 use crate::error::Error;
-use crate::interrupts::Interrupts;
-use crate::layout;
-use crate::timers::Timers;
-use crate::vcpu::{self, Factory, Shared};
-use crate::virtio::{Devices, Port};
+use crate::vcpu::{self, Shared, Vcpu};
+use crate::virtio::{self, Devices, Disk};
+pub use opened::Opened;
 
 /// For how long a machine that was told to stop waits for its host to take its output.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Makes the vCPU of this number, on this memory, by this clock, with these registers.
+trait MakeVcpu:
+    Fn(u32, &GuestMemory, &Clock, &Registers) -> Result<Box<dyn Vcpu>, strata_hypervisor::Error>
+{
+}
+
+impl<F> MakeVcpu for F where
+    F: Fn(u32, &GuestMemory, &Clock, &Registers) -> Result<Box<dyn Vcpu>, strata_hypervisor::Error>
+{
+}
+
 /// A machine that is ready to run. Dropping it without running it ends its threads.
 pub struct Machine {
     shared: Arc<Shared>,
-    cpus: u8,
-    factory: Arc<Factory>,
+    /// Taken when the machine runs.
+    vcpus: Vec<Box<dyn Vcpu>>,
     /// Taken when the machine ends.
     devices: Option<Devices>,
     serial: Arc<SerialPort>,
@@ -38,7 +45,7 @@ pub struct Machine {
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Machine")
-            .field("cpus", &self.cpus)
+            .field("vcpus", &self.vcpus.len())
             .finish_non_exhaustive()
     }
 }
@@ -66,18 +73,13 @@ impl Control {
 }
 
 impl Machine {
-    /// Reads the kernel and the RAM disk, sets up memory and devices, and loads the guest.
-    /// Nothing runs yet.
-    pub fn build(config: MachineConfig) -> Result<Self, Error> {
-        Self::build_with(config, vcpu::soft)
+    /// Opens all that the machine needs of the host; see [`Opened`].
+    pub fn open(config: MachineConfig) -> Result<Opened, Error> {
+        Self::open_with(config, vcpu::soft)
     }
 
-    /// Builds a machine whose vCPUs come from the factory that `vcpus` makes for their first
-    /// registers.
-    fn build_with(
-        config: MachineConfig,
-        vcpus: impl FnOnce(Registers) -> Box<Factory>,
-    ) -> Result<Self, Error> {
+    /// Opens a machine whose vCPUs `make_vcpu` makes.
+    fn open_with(config: MachineConfig, make_vcpu: impl MakeVcpu) -> Result<Opened, Error> {
         let calibration = Calibration::start();
         let MachineConfig {
             cpus,
@@ -103,63 +105,26 @@ impl Machine {
         let memory = GuestMemory::new(size).map_err(|source| Error::Memory { size, source })?;
         let registers = loaded.install(&memory)?;
         drop(loaded);
-
+        let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.read_only);
+        let disks: Result<_, _> = disks.iter().map(open).collect();
+        let disks = disks.map_err(virtio::Error::Disk)?;
         let clock = Clock {
             tsc_khz: calibration.finish(),
             start_tsc: tsc(),
         };
-        let interrupts = Interrupts::new(cpus, &clock);
-        let sink = Arc::new(interrupts.clone());
-        let mut devices = Devices::new(memory.clone(), sink, layout::pci(), cpus)?;
-        for disk in &disks {
-            devices.add_disk(&disk.path, disk.read_only)?;
-        }
-        devices.add_entropy()?;
-        if !ports.is_empty() {
-            let port = |p: crate::ConsolePort| Port {
-                name: p.name,
-                input: p.input,
-                output: p.output,
-            };
-            devices.add_console(ports.into_iter().map(port).collect())?;
-        }
-
-        let ending = Arc::new(Ending::default());
-        let output = Arc::new(Output::default());
-        let serial = SerialPort::new(Arc::clone(&output), interrupts.clone(), Arc::clone(&ending));
-        let serial = Arc::new(serial);
-        let buses = chipset::buses(Parts {
+        let vcpu = |index: u8| {
+            make_vcpu(index.into(), &memory, &clock, &registers)
+                .map_err(|source| Error::Vcpu { index, source })
+        };
+        let vcpus = (0..cpus).map(vcpu).collect::<Result<_, _>>()?;
+        Ok(Opened {
             clock,
-            ending: Arc::clone(&ending),
-            interrupts: interrupts.clone(),
-            serial: Arc::clone(&serial),
-            pci: devices.pci(),
-        });
-        let timers = Timers::new(cpus);
-        let stop = Arc::new(AtomicBool::new(false));
-        let shared = Shared {
             memory,
-            buses,
-            interrupts,
-            timers,
-            clock,
-            ending,
-            stop,
-        };
-        shared.ending.set_halt(Box::new(shared.halt()));
-        output.start(console.output).map_err(Error::Thread)?;
-        let machine = Self {
-            shared: Arc::new(shared),
-            cpus,
-            factory: Arc::from(vcpus(registers)),
-            devices: Some(devices),
-            serial,
-            output,
-        };
-        if let Some(input) = console.input {
-            machine.serial.start_input(input).map_err(Error::Thread)?;
-        }
-        Ok(machine)
+            vcpus,
+            disks,
+            console,
+            ports,
+        })
     }
 
     /// A handle that stops the machine.
@@ -197,7 +162,7 @@ impl Machine {
     }
 
     /// Starts the timer and the vCPUs.
-    fn start(&self) -> Result<Vec<JoinHandle<()>>, String> {
+    fn start(&mut self) -> Result<Vec<JoinHandle<()>>, String> {
         let failed = |error| format!("cannot start a thread for the machine: {error}");
         let Shared {
             timers,
@@ -206,15 +171,15 @@ impl Machine {
             ..
         } = &*self.shared;
         timers.start(*clock, interrupts.clone()).map_err(failed)?;
-        let start = |index: u8| {
-            let (shared, factory) = (Arc::clone(&self.shared), Arc::clone(&self.factory));
-            let body = move || vcpu::run(&shared, index.into(), &*factory);
+        let start = |(index, vcpu)| {
+            let shared = Arc::clone(&self.shared);
             thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(body)
+                .spawn(move || vcpu::run(&shared, index, vcpu))
                 .map_err(failed)
         };
-        (0..self.cpus).map(start).collect()
+        let vcpus = std::mem::take(&mut self.vcpus);
+        vcpus.into_iter().enumerate().map(start).collect()
     }
 }
 
@@ -246,5 +211,6 @@ impl Drop for Machine {
     }
 }
 
+mod opened;
 #[cfg(test)]
 mod tests;

@@ -167,10 +167,10 @@ impl Bus for VcpuBus {
 }
 
 /// A processor as a vCPU's thread uses it.
-pub(crate) trait Vcpu {
+pub(crate) trait Vcpu: Send {
     /// Runs the guest until it halts for good or `stop` is set.
     fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Halt;
-    /// How other threads make it look up.
+    /// How other threads make it look up. Called by the thread that will run it.
     fn wake(&self) -> Wake;
 }
 
@@ -185,33 +185,18 @@ impl<P: Processor> Vcpu for P {
     }
 }
 
-/// Makes a vCPU on the thread that will run it. The text of an error says why it cannot.
-pub(crate) type Factory = dyn Fn(&Shared, u32) -> Result<Box<dyn Vcpu>, String> + Send + Sync;
-
-/// Makes software vCPUs that start with these registers.
-pub(crate) fn soft(registers: Registers) -> Box<Factory> {
-    Box::new(move |shared, index| {
-        let tsc_khz = u32::try_from(shared.clock.tsc_khz).unwrap_or(u32::MAX);
-        let make = || {
-            let mut cpu = SoftCpu::new(shared.memory.clone(), index, tsc_khz)?;
-            cpu.set_registers(&registers)?;
-            Ok(cpu)
-        };
-        make()
-            .map(|cpu| Box::new(cpu) as Box<dyn Vcpu>)
-            .map_err(|error| chain(&error))
-    })
-}
-
-/// An error and all its causes in one line.
-fn chain(error: &strata_hypervisor::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = std::error::Error::source(error);
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
+/// Software vCPU number `index`, which starts with these registers. It needs nothing of the host
+/// afterwards, so that the process can be locked up before it runs.
+pub(crate) fn soft(
+    index: u32,
+    memory: &GuestMemory,
+    clock: &Clock,
+    registers: &Registers,
+) -> Result<Box<dyn Vcpu>, strata_hypervisor::Error> {
+    let tsc_khz = u32::try_from(clock.tsc_khz).unwrap_or(u32::MAX);
+    let mut cpu = SoftCpu::new(memory.clone(), index, tsc_khz)?;
+    cpu.set_registers(registers)?;
+    Ok(Box::new(cpu))
 }
 
 /// Ends the machine if its vCPU's thread panics.
@@ -227,19 +212,10 @@ impl Drop for Watchdog<'_> {
     }
 }
 
-/// What a vCPU's thread does: makes the processor, runs it, reports how it ended.
-pub(crate) fn run(shared: &Arc<Shared>, index: usize, factory: &Factory) {
+/// What a vCPU's thread does: runs the processor, reports how it ended.
+pub(crate) fn run(shared: &Arc<Shared>, index: usize, mut vcpu: Box<dyn Vcpu>) {
     let _watchdog = Watchdog(&shared.ending);
     wake_on_time();
-    let mut vcpu = match factory(shared, index as u32) {
-        Ok(vcpu) => vcpu,
-        Err(reason) => {
-            shared.ending.end(Outcome::Failed(format!(
-                "cannot make vCPU {index}: {reason}"
-            )));
-            return;
-        }
-    };
     shared.interrupts.attach(index, vcpu.wake());
     // What happened before anybody could wake this vCPU must not go unseen.
     shared.interrupts.wake(index);

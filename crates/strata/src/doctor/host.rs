@@ -8,6 +8,8 @@ use std::thread;
 
 use rustix::fs::{Access, MemfdFlags, memfd_create};
 
+use crate::sandbox::{self, Found};
+
 /// Bit of `AT_HWCAP2` by which Linux tells that user space may use FSGSBASE
 /// (`arch/x86/include/uapi/asm/hwcap2.h`).
 const HWCAP2_FSGSBASE: usize = 1 << 1;
@@ -27,7 +29,8 @@ pub(super) struct Host {
     pub(super) memfd: Result<(), String>,
     /// Value of the sysctl `vm.memfd_noexec`, where the kernel has it.
     pub(super) memfd_noexec: Option<u64>,
-    pub(super) namespaces: Namespaces,
+    /// What each layer of the sandbox finds here.
+    pub(super) sandbox: Result<Vec<Found>, String>,
     pub(super) apt: Option<String>,
 }
 
@@ -50,14 +53,6 @@ pub(super) enum KvmDevice {
     Permitted,
 }
 
-/// Whether an ordinary user may create user namespaces.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Namespaces {
-    Open,
-    /// By which setting they are closed.
-    Closed(String),
-}
-
 impl Host {
     pub(super) fn examine() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -76,7 +71,7 @@ impl Host {
                 .map(drop)
                 .map_err(|error| error.to_string()),
             memfd_noexec: read_number("/proc/sys/vm/memfd_noexec"),
-            namespaces: namespaces(read_number),
+            sandbox: sandbox::probe().map_err(|error| error.to_string()),
             apt: strata_image::apt_version(),
         }
     }
@@ -153,27 +148,6 @@ fn kvm() -> KvmDevice {
     }
 }
 
-fn namespaces(read: impl Fn(&'static str) -> Option<u64>) -> Namespaces {
-    /// Whether a setting's value closes them.
-    type Closes = fn(u64) -> bool;
-    let settings: [(&'static str, Closes); 3] = [
-        ("/proc/sys/user/max_user_namespaces", |value| value == 0),
-        ("/proc/sys/kernel/unprivileged_userns_clone", |value| {
-            value == 0
-        }),
-        (
-            "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
-            |value| value != 0,
-        ),
-    ];
-    settings
-        .into_iter()
-        .find(|(path, closes)| read(path).is_some_and(closes))
-        .map_or(Namespaces::Open, |(path, _)| {
-            Namespaces::Closed(path.to_owned())
-        })
-}
-
 fn read_number(path: &str) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
@@ -203,16 +177,5 @@ mod tests {
     fn available_memory_is_in_bytes() {
         let text = "MemTotal:  16000000 kB\nMemAvailable:    2048 kB\n";
         assert_eq!(memory_available(text), Some(2 << 20));
-    }
-
-    #[test]
-    fn the_setting_that_closes_namespaces_is_named() {
-        assert_eq!(namespaces(|_| None), Namespaces::Open);
-        assert_eq!(
-            namespaces(|path| Some(u64::from(!path.contains("apparmor")))),
-            Namespaces::Open
-        );
-        let closed = namespaces(|path| path.contains("userns_clone").then_some(0));
-        assert!(matches!(closed, Namespaces::Closed(by) if by.contains("userns_clone")));
     }
 }

@@ -15,3 +15,4 @@ mod kernels;
 mod programs;
 mod pty;
 mod terminal;
+mod sandbox;

@@ -1,7 +1,6 @@
 use std::io::{self, Read, Write};
 use std::sync::Mutex;
-use std::sync::atomic::Ordering;
-use std::thread::Thread;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use strata_hypervisor::{Bus, Halt};
@@ -10,6 +9,7 @@ use tempfile::NamedTempFile;
 use super::*;
 use crate::config::{Accel, SerialConsole};
 use crate::interrupts::Wake;
+use crate::layout;
 use crate::testing;
 use crate::vcpu::Vcpu;
 
@@ -21,18 +21,15 @@ const TSC_DEADLINE: u32 = 0x6e0;
 /// What stands for a guest: a function that acts on the bus as a kernel would.
 type Guest = fn(&AtomicBool, &dyn Bus) -> Halt;
 
-struct Fake {
-    guest: Guest,
-    thread: Thread,
-}
+struct Fake(Guest);
 
 impl Vcpu for Fake {
     fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Halt {
-        (self.guest)(stop, bus)
+        (self.0)(stop, bus)
     }
 
     fn wake(&self) -> Wake {
-        let thread = self.thread.clone();
+        let thread = thread::current();
         Box::new(move || thread.unpark())
     }
 }
@@ -76,15 +73,8 @@ fn machine(guest: Guest, sink: &Sink, input: Option<Box<dyn Read + Send>>) -> Ma
         output: Box::new(sink.clone()),
         input,
     });
-    let factory = move |_| -> Box<Factory> {
-        Box::new(move |_, _| {
-            Ok(Box::new(Fake {
-                guest,
-                thread: thread::current(),
-            }))
-        })
-    };
-    Machine::build_with(config, factory).unwrap()
+    let fake = move |_, _: &_, _: &_, _: &_| Ok(Box::new(Fake(guest)) as Box<dyn Vcpu>);
+    Machine::open_with(config, fake).unwrap().build().unwrap()
 }
 
 fn run(guest: Guest) -> Outcome {
@@ -334,7 +324,7 @@ fn more_vcpus_than_can_be_run_are_refused() {
     });
     config.cpus = 2;
 
-    assert!(matches!(Machine::build(config), Err(Error::Cpus(2))));
+    assert!(matches!(Machine::open(config), Err(Error::Cpus(2))));
 }
 
 #[test]

@@ -100,8 +100,9 @@ pub enum DiskError {
 
 /// An open, locked disk.
 #[derive(Debug)]
-pub(super) struct Disk {
+pub struct Disk {
     file: File,
+    read_only: bool,
     path: PathBuf,
     size: u64,
     complaints: AtomicU32,
@@ -110,7 +111,7 @@ pub(super) struct Disk {
 impl Disk {
     /// Opens and locks a raw image or block device: for this machine alone, or if
     /// `read_only`, together with others that only read.
-    pub(super) fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
         let path = path.to_path_buf();
         // A block device that is mounted refuses to be opened exclusively.
         let exclusive = check_kind(&path)? == Kind::BlockDevice && !read_only;
@@ -146,10 +147,16 @@ impl Disk {
         }
         Ok(Self {
             file,
+            read_only,
             path,
             size,
             complaints: AtomicU32::new(0),
         })
+    }
+
+    /// Whether it is only read.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
     }
 
     /// Size in sectors of 512 bytes.

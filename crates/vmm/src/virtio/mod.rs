@@ -21,7 +21,6 @@ mod root;
 mod sys;
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -30,7 +29,7 @@ use strata_devices::virtio::{Block, BlockConfig, Console, Entropy, MAX_PORTS, Po
 use strata_memory::GuestMemory;
 
 use console::{Streams, Writer};
-pub use disk::DiskError;
+pub use disk::{Disk, DiskError};
 use doorbell::Doorbell;
 pub use root::PciRoot;
 use root::{Endpoint, Shared};
@@ -108,13 +107,12 @@ impl Devices {
         Arc::clone(&self.pci)
     }
 
-    /// Adds the raw image or block device at `path`. Its ID in the guest is `diskN`, N
-    /// counting from 0.
-    pub fn add_disk(&mut self, path: &Path, read_only: bool) -> Result<(), Error> {
-        let disk = Arc::new(disk::Disk::open(path, read_only)?);
+    /// Adds a disk. Its ID in the guest is `diskN`, N counting from 0.
+    pub fn add_disk(&mut self, disk: Disk) -> Result<(), Error> {
+        let disk = Arc::new(disk);
         let config = BlockConfig {
             sectors: disk.sectors(),
-            read_only,
+            read_only: disk.is_read_only(),
             queues: self.block_queues,
             id: format!("disk{}", self.disks),
         };

@@ -150,7 +150,11 @@ impl Machine {
 fn a_disk_is_written_flushed_and_read_on_all_its_queues() {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    let mut machine = machine(2, |devices| devices.add_disk(image.path(), false).unwrap());
+    let mut machine = machine(2, |devices| {
+        devices
+            .add_disk(Disk::open(image.path(), false).unwrap())
+            .unwrap();
+    });
     let data = machine.driver.place(&[0x5a; 1024]);
     let back = machine.driver.allocate(1024);
     for queue in 0..2 {
@@ -181,7 +185,11 @@ fn a_disk_is_written_flushed_and_read_on_all_its_queues() {
 fn requests_queued_when_the_machine_stops_are_still_done() {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    let mut machine = machine(1, |devices| devices.add_disk(image.path(), false).unwrap());
+    let mut machine = machine(1, |devices| {
+        devices
+            .add_disk(Disk::open(image.path(), false).unwrap())
+            .unwrap();
+    });
     let data = machine.driver.place(&[0x77; 512]);
     for sector in 0..50 {
         machine.disk_request(0, 1, sector, &[data]);

@@ -1,0 +1,129 @@
+//! Locks a process up before it runs a hostile guest: what it does not need of the host any
+//! more, the host no longer gives it.
+//!
+//! ```text
+//!   strata run ── all is open, no thread is started ──► enter ──► Report ──► threads, guest
+//!                                                         │
+//!        namespaces ─► privileges ─► Landlock ─► seccomp ─┘  each forbids what set up the last
+//! ```
+//!
+//! Every layer alone keeps a process that was taken over from files, networks and other
+//! processes; a host may lack any of them. Called once, by whoever owns the process and has
+//! opened all that it will use. This crate must never know what runs in the process; which
+//! system calls that needs is the list in `syscalls`.
+
+mod files;
+mod inherited;
+mod namespaces;
+mod privileges;
+mod syscalls;
+mod violation;
+
+use std::fmt;
+use std::fs;
+use std::io;
+
+/// One layer of the sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// User, mount, network, IPC, UTS and cgroup namespaces of its own, with an empty root
+    /// directory and no network device that is up.
+    Namespaces,
+    /// No capabilities and no way to gain any, no core dumps, no tracing by the same user, few
+    /// file descriptors.
+    Privileges,
+    /// Landlock: no access to any file or TCP port, no signals to other processes.
+    Landlock,
+    /// Only the system calls of a running machine.
+    Seccomp,
+}
+
+impl Layer {
+    /// All layers, in the order in which they can be entered.
+    pub const ALL: [Self; 4] = [
+        Self::Namespaces,
+        Self::Privileges,
+        Self::Landlock,
+        Self::Seccomp,
+    ];
+
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Namespaces => "namespaces",
+            Self::Privileges => "privileges",
+            Self::Landlock => "Landlock",
+            Self::Seccomp => "seccomp",
+        }
+    }
+
+    /// Enters the layer. Returns what to say of it, or why the host does not give it.
+    fn enter(self) -> Result<String, String> {
+        match self {
+            Self::Namespaces => namespaces::enter(),
+            Self::Privileges => privileges::enter(),
+            Self::Landlock => files::enter(),
+            Self::Seccomp => syscalls::enter(),
+        }
+    }
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What became of each layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report(Vec<(Layer, Result<String, String>)>);
+
+impl Report {
+    /// The layers in the order in which they were entered: with details of one that holds, with
+    /// the reason for one that the host does not give.
+    pub fn layers(&self) -> impl Iterator<Item = (Layer, Result<&str, &str>)> {
+        self.0.iter().map(|(layer, state)| match state {
+            Ok(detail) => (*layer, Ok(detail.as_str())),
+            Err(reason) => (*layer, Err(reason.as_str())),
+        })
+    }
+
+    /// The layers that the host does not give, and why.
+    pub fn missing(&self) -> impl Iterator<Item = (Layer, &str)> {
+        self.layers()
+            .filter_map(|(layer, state)| Some((layer, state.err()?)))
+    }
+}
+
+/// Why a process was not locked up at all.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Some layers hold for the calling thread and its children only.
+    #[error("the process has {0} threads already; it must be locked up before it starts any")]
+    Threads(usize),
+    /// It is not known which threads and file descriptors there are.
+    #[error("cannot look at this process in /proc/self")]
+    Proc(#[source] io::Error),
+}
+
+/// Locks the calling process up, for good, as far as the host allows: gives up, layer by layer,
+/// whatever `layers` take away. To be called before the process starts a second thread.
+///
+/// All file descriptors without close-on-exec are closed, except the standard streams: they came
+/// from whoever started the process. So did the environment, which is wiped.
+///
+/// Later, a system call that is forbidden ends the process with SIGSYS and a message on standard
+/// error; those that libraries try and can do without (opening files above all) fail with EACCES.
+pub fn enter(layers: &[Layer]) -> Result<Report, Error> {
+    match fs::read_dir("/proc/self/task")
+        .map_err(Error::Proc)?
+        .count()
+    {
+        1 => {}
+        threads => return Err(Error::Threads(threads)),
+    }
+    inherited::close_descriptors().map_err(Error::Proc)?;
+    inherited::wipe_environment();
+    let report = layers.iter().map(|layer| (*layer, layer.enter()));
+    Ok(Report(report.collect()))
+}

@@ -1,0 +1,199 @@
+//! seccomp: the system calls of a running machine, and no others.
+//!
+//! Three filters, of which the strictest answer counts: what is not on the list ends the process
+//! (see `violation`), what libraries try and can do without fails with an error.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+use crate::violation;
+
+/// `arch_prctl(2)`: sets the GS base, where a vCPU's state block is (`asm/prctl.h`).
+const ARCH_SET_GS: u64 = 0x1001;
+
+/// Allowed with any arguments.
+const ALLOWED: &[i64] = &[
+    // Descriptors that are open: streams, disks, the pipe for signals.
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_recvfrom,
+    libc::SYS_close,
+    // Memory; mapping it is below.
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    // Threads; starting them is below.
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_membarrier,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    // Signals to this process, and its own number to send one.
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    // Time and random numbers.
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_gettimeofday,
+    libc::SYS_nanosleep,
+    libc::SYS_getrandom,
+];
+
+/// Fail with EACCES. The allocator looks for settings of the kernel, a panic for debug symbols,
+/// the standard library for the size of a file; each has an answer of its own where it finds none.
+const REFUSED: &[i64] = &[
+    libc::SYS_access,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_getcwd,
+    libc::SYS_lstat,
+    libc::SYS_newfstatat,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_stat,
+    libc::SYS_statx,
+];
+
+/// Fails with ENOSYS: its flags are in memory, where a filter cannot look. The C library then
+/// calls clone(2).
+const UNKNOWN: &[i64] = &[libc::SYS_clone3];
+
+pub(crate) fn enter() -> Result<String, String> {
+    let programs = programs().map_err(|error| error.to_string())?;
+    violation::report_and_die().map_err(|error| format!("cannot handle SIGSYS: {error}"))?;
+    for program in &programs {
+        seccompiler::apply_filter_all_threads(program)
+            .map_err(|error| format!("the host refuses the filter: {error}"))?;
+    }
+    let count = allowed().map_err(|error| error.to_string())?.len();
+    Ok(format!("{count} system calls"))
+}
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// The filters. The last one to be applied is the one that forbids applying more.
+fn programs() -> Result<[BpfProgram; 3], BackendError> {
+    let compile = |rules, otherwise, action| {
+        SeccompFilter::new(rules, otherwise, action, TargetArch::x86_64)?.try_into()
+    };
+    let fail = |numbers, error: i32| {
+        let action = SeccompAction::Errno(error as u32);
+        compile(any(numbers), SeccompAction::Allow, action)
+    };
+    let mut rules = allowed()?;
+    rules.extend(any(REFUSED));
+    rules.extend(any(UNKNOWN));
+    Ok([
+        fail(REFUSED, libc::EACCES)?,
+        fail(UNKNOWN, libc::ENOSYS)?,
+        compile(rules, SeccompAction::Trap, SeccompAction::Allow)?,
+    ])
+}
+
+/// Rules that match whatever the arguments are.
+fn any(numbers: &[i64]) -> Rules {
+    numbers.iter().map(|number| (*number, Vec::new())).collect()
+}
+
+/// What is allowed, and with which arguments.
+fn allowed() -> Result<Rules, BackendError> {
+    let mut rules = any(ALLOWED);
+    // Memory that can be executed was all mapped before, and none is ever added.
+    let no_exec = vec![bits(2, libc::PROT_EXEC as u64, 0)?];
+    rules.insert(libc::SYS_mmap, no_exec.clone());
+    rules.insert(libc::SYS_mprotect, no_exec);
+    // Threads, but no processes and no namespaces.
+    let thread = (libc::CLONE_THREAD | libc::CLONE_VM) as u64;
+    let namespaces = libc::CLONE_NEWUSER
+        | libc::CLONE_NEWNS
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWCGROUP;
+    let mask = thread | namespaces as u64;
+    rules.insert(libc::SYS_clone, vec![bits(0, mask, thread)?]);
+    // A signal to ourselves: suspending with Ctrl-Z, aborting.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, one_of(0, &[own])?);
+    // A byte into the pipe for signals, which is connected: no address.
+    let no_address = condition(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    rules.insert(libc::SYS_sendto, vec![SeccompRule::new(vec![no_address])?]);
+    // The terminal's mode and size. TIOCSTI, which types into it, is what must not be here.
+    let terminal = [
+        libc::TCGETS,
+        libc::TCSETS,
+        libc::TCGETS2,
+        libc::TCSETS2,
+        libc::TIOCGWINSZ,
+    ];
+    rules.insert(
+        libc::SYS_ioctl,
+        one_of(1, &terminal.map(|request| request))?,
+    );
+    let names_and_timers = [libc::PR_SET_NAME, libc::PR_SET_TIMERSLACK].map(|option| option as u64);
+    rules.insert(libc::SYS_prctl, one_of(0, &names_and_timers)?);
+    rules.insert(libc::SYS_arch_prctl, one_of(0, &[ARCH_SET_GS])?);
+    let look = [libc::F_GETFD, libc::F_GETFL].map(|command| command as u64);
+    rules.insert(libc::SYS_fcntl, one_of(1, &look)?);
+    Ok(rules)
+}
+
+fn condition(
+    argument: u8,
+    length: SeccompCmpArgLen,
+    operator: SeccompCmpOp,
+    value: u64,
+) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, length, operator, value)
+}
+
+/// An argument of 32 bits that has one of these values.
+fn one_of(argument: u8, values: &[u64]) -> Result<Vec<SeccompRule>, BackendError> {
+    let rule = |value: &u64| {
+        let equal = condition(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *value)?;
+        SeccompRule::new(vec![equal])
+    };
+    values.iter().map(rule).collect()
+}
+
+/// An argument of 64 bits whose bits under `mask` are `value`.
+fn bits(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, BackendError> {
+    let operator = SeccompCmpOp::MaskedEq(mask);
+    SeccompRule::new(vec![condition(
+        argument,
+        SeccompCmpArgLen::Qword,
+        operator,
+        value,
+    )?])
+}
