@@ -9,7 +9,7 @@ use strata_memory::PAGE_SIZE;
 use crate::hash::BuildFast;
 use crate::translate::Translated;
 use crate::translate::cache::CodeCache;
-use crate::translate::lower::{Mode, Numbers, Site};
+use crate::translate::lower::{ATTENTION_CHECK, Mode, Numbers, Site};
 
 /// Identifies what a block translates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,11 +142,14 @@ impl Blocks {
         let Some(exit) = self.exits.get_mut(number as usize) else {
             return;
         };
+        let from = self.all[exit.block as usize].key.rip;
         let to = &mut self.all[target as usize];
         if to.key.second.is_some() || !to.alive || exit.chained {
             return;
         }
-        let entry = to.entry;
+        // every loop has an edge that does not lead upwards, and that one looks
+        let upwards = to.key.rip > from;
+        let entry = to.entry + if upwards { ATTENTION_CHECK as u32 } else { 0 };
         to.incoming.push(number);
         exit.chained = true;
         let distance = entry.wrapping_sub(exit.jump + 4);

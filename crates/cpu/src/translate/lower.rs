@@ -67,6 +67,8 @@ pub(crate) struct Exit {
 struct PendingExit {
     jump: usize,
     target: u64,
+    /// The guest's flags are in the host's only, where this leaves from the block's middle.
+    flags_in_host: bool,
 }
 
 /// Bits of the word that tells the slow path what an access is.
@@ -202,6 +204,7 @@ impl<'a> Lower<'a> {
         instruction: &Instruction,
         class: Class,
         role: Role,
+        last: bool,
     ) -> bool {
         self.current = (instruction.ip() - self.start) as u16;
         self.site(self.flags);
@@ -213,6 +216,10 @@ impl<'a> Lower<'a> {
             Class::Plain => !self.plain(instruction) && self.system(instruction),
             Class::Nop => false,
             Class::Stack => !self.stack(instruction) && self.system(instruction),
+            Class::Branch if instruction.is_jcc_short_or_near() && !last => {
+                self.side_exit(instruction);
+                false
+            }
             Class::Branch => {
                 self.branch(instruction);
                 true
@@ -245,7 +252,7 @@ impl<'a> Lower<'a> {
     pub(crate) fn fall_through(&mut self, target: u64) {
         self.flags_into_ax();
         let jump = self.asm.jmp_forward();
-        self.pending.push(PendingExit { jump, target });
+        self.leave_at(jump, target);
     }
 
     /// Makes AX hold the flags, so that the host's may be clobbered.
@@ -417,6 +424,28 @@ impl<'a> Lower<'a> {
         }
     }
 
+    /// A jump at `jump` leaves the block for `target`, with the flags in AX.
+    fn leave_at(&mut self, jump: usize, target: u64) {
+        self.pending.push(PendingExit {
+            jump,
+            target,
+            flags_in_host: false,
+        });
+    }
+
+    /// A conditional jump out of the block's middle. The flags are saved only where it is
+    /// taken.
+    fn side_exit(&mut self, instruction: &Instruction) {
+        self.flags_into_host();
+        let condition = condition_number(instruction.condition_code());
+        let jump = self.asm.jcc_forward(condition);
+        self.pending.push(PendingExit {
+            jump,
+            target: instruction.near_branch_target(),
+            flags_in_host: self.flags == Flags::Host,
+        });
+    }
+
     fn branch(&mut self, instruction: &Instruction) {
         let mnemonic = instruction.mnemonic();
         if instruction.is_jcc_short_or_near() {
@@ -424,10 +453,7 @@ impl<'a> Lower<'a> {
             self.flags_into_host();
             let condition = condition_number(instruction.condition_code());
             let jump = self.asm.jcc_forward(condition);
-            self.pending.push(PendingExit {
-                jump,
-                target: instruction.near_branch_target(),
-            });
+            self.leave_at(jump, instruction.near_branch_target());
             self.fall_through(instruction.next_ip());
         } else if instruction.is_jcx_short() || instruction.is_loop() || instruction.is_loopcc() {
             self.count_branch(instruction);
@@ -506,10 +532,7 @@ impl<'a> Lower<'a> {
         );
         jump_if_zero(&mut self.asm, 6);
         let jump = self.asm.jcc_forward(if equal { cc::E } else { cc::NE });
-        self.pending.push(PendingExit {
-            jump,
-            target: taken,
-        });
+        self.leave_at(jump, taken);
         self.fall_through(next);
     }
 
@@ -558,8 +581,14 @@ impl<'a> Lower<'a> {
             self.system(&instruction);
         }
         let mut exits = Vec::new();
-        for PendingExit { jump, target } in std::mem::take(&mut self.pending) {
+        for exit in std::mem::take(&mut self.pending) {
+            let (mut jump, target) = (exit.jump, exit.target);
             self.asm.aim(jump);
+            if exit.flags_in_host {
+                self.asm.flags_to_ax();
+                jump = self.asm.jmp_forward();
+                self.asm.aim(jump);
+            }
             let stub = self.asm.len() as u32;
             if target >> 12 == self.start >> 12 && !self.mode.single {
                 self.asm.mov_imm(T0, target);

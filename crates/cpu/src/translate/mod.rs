@@ -28,6 +28,9 @@ use thunks::Thunks;
 /// Guest instructions in one block, at most.
 const MAX_INSTRUCTIONS: usize = 64;
 
+/// Conditional branches in a block that it goes on behind, at most.
+const MAX_SIDE_EXITS: usize = 3;
+
 /// A block before it is placed in the cache.
 pub(crate) struct Translated {
     pub(crate) lowered: Lowered,
@@ -57,6 +60,7 @@ pub(crate) fn translate(
     let mut decoder = Decoder::with_ip(64, source.bytes, source.start, DecoderOptions::NONE);
     let mut decoded: Vec<(Instruction, Class)> = Vec::with_capacity(16);
     let mut uses_fpu = false;
+    let mut side_exits = 0;
     let limit = if source.mode.single {
         1
     } else {
@@ -77,7 +81,10 @@ pub(crate) fn translate(
             }
         }
         decoded.push((instruction, class));
-        if matches!(class, Class::System | Class::Branch) {
+        let conditional = instruction.is_jcc_short_or_near();
+        side_exits += usize::from(conditional);
+        let goes_on = conditional && side_exits <= MAX_SIDE_EXITS;
+        if matches!(class, Class::System | Class::Branch) && !goes_on {
             break;
         }
     }
@@ -92,8 +99,8 @@ pub(crate) fn translate(
     lower.begin(uses_fpu);
     let mut end = None;
     let roles = lower.find_spans(&decoded);
-    for ((instruction, class), role) in decoded.iter().zip(roles) {
-        if lower.instruction(instruction, *class, role) {
+    for (i, ((instruction, class), role)) in decoded.iter().zip(roles).enumerate() {
+        if lower.instruction(instruction, *class, role, i + 1 == decoded.len()) {
             end = Some(*instruction);
             break;
         }

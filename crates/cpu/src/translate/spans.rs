@@ -143,6 +143,11 @@ impl Lower<'_> {
                     keeps: self.keeps_t1(instruction),
                 }
             }
+            // where it is not taken
+            Class::Branch if instruction.is_jcc_short_or_near() => Effect {
+                access: None,
+                keeps: true,
+            },
             Class::Stack | Class::Branch => Effect {
                 access: stack_access(instruction),
                 keeps: stack_access(instruction).is_some(),
