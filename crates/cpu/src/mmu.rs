@@ -13,7 +13,7 @@ use strata_memory::{GuestMemory, PAGE_SIZE};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::hash::BuildFast;
-use crate::state::{State, StateRef, WINDOWS, Window, cr0, cr4, efer, rflags};
+use crate::state::{State, StateRef, Window, cr0, cr4, efer, rflags};
 
 /// Physical address width that CPUID reports and the walk enforces, in bits.
 pub(crate) const PHYSICAL_BITS: u32 = 46;
@@ -69,8 +69,23 @@ pub(crate) enum Privilege {
 #[repr(C)]
 pub(crate) struct TlbEntry {
     pub(crate) tag: u64,
-    /// Host address of the page.
+    /// Host address of the page, plus [`HOST_GLOBAL`].
     pub(crate) host: u64,
+}
+
+/// In [`TlbEntry::host`]: the page is global.
+pub(crate) const HOST_GLOBAL: u64 = 1;
+
+/// Which windows to empty.
+#[derive(Clone, Copy)]
+enum Forget {
+    All,
+    /// Those of pages that are not global.
+    Local,
+    /// Those of the page at a linear address.
+    Page(u64),
+    /// Those for stores to a page at a host address.
+    Stores(u64),
 }
 
 /// Beside a line: log2 of the page size that the guest mapped, and [`GLOBAL`].
@@ -169,6 +184,11 @@ fn invalid_jump(index: usize) -> JumpEntry {
 }
 
 impl TlbEntry {
+    /// Host address of the page.
+    fn page(&self) -> u64 {
+        self.host & !HOST_GLOBAL
+    }
+
     fn invalid(index: usize) -> Self {
         Self {
             tag: invalid_tag(index),
@@ -245,7 +265,8 @@ impl AddressSpace {
         self.flush_jumps_but(keep_global);
     }
 
-    fn flush_page(&mut self, linear: u64) {
+    /// Drops a page. Returns true when it was part of a large one, which went with it.
+    fn flush_page(&mut self, linear: u64) -> bool {
         let page = linear & !(PAGE_SIZE - 1);
         let many = [21, 30]
             .map(|shift| large_key(linear, shift))
@@ -267,6 +288,7 @@ impl AddressSpace {
         if many || self.jump_pages.contains(&(linear / PAGE_SIZE)) {
             self.flush_jumps();
         }
+        many
     }
 
     fn flush_large(&mut self, linear: u64) {
@@ -375,7 +397,7 @@ impl Core {
     /// Makes the address space of CR3 current, after CR3 or CR4 were set. `keep`: entries
     /// it may hold from before stay valid (CR3 bit 63 with CR4.PCIDE).
     pub(crate) fn select_space(&mut self, keep: bool) {
-        self.forget_windows();
+        self.forget_windows(Forget::Local);
         let pcid = if self.state.cr4 & cr4::PCIDE == 0 {
             0
         } else {
@@ -408,17 +430,38 @@ impl Core {
         oldest.map_or(0, |(index, _)| index)
     }
 
-    /// Empties the windows, which hold what a TLB does.
-    fn forget_windows(&mut self) {
-        if self.state.windows_used != 0 {
-            self.state.windows = [[Window::NONE; WINDOWS]; 4];
-            self.state.windows_used = 0;
+    /// Empties windows, which hold what a TLB does.
+    fn forget_windows(&mut self, which: Forget) {
+        let state = &mut *self.state;
+        for kind in 0..4 {
+            let used = state.windows_used[kind];
+            let mut left = match which {
+                Forget::Local => used & state.windows_local[kind],
+                Forget::Stores(_) if kind & tlb_number(false, true) == 0 => 0,
+                Forget::All | Forget::Page(_) | Forget::Stores(_) => used,
+            };
+            let mut gone = 0;
+            while left != 0 {
+                let number = left.trailing_zeros() as usize;
+                left &= left - 1;
+                let window = &mut state.windows[kind][number];
+                let matches = match which {
+                    Forget::All | Forget::Local => true,
+                    Forget::Page(page) => window.start == page,
+                    Forget::Stores(host) => window.start.wrapping_add(window.delta) == host,
+                };
+                if matches {
+                    *window = Window::NONE;
+                    gone |= 1 << number;
+                }
+            }
+            state.windows_used[kind] &= !gone;
         }
     }
 
     /// Drops everything every TLB and jump cache holds.
     pub(crate) fn flush_all(&mut self) {
-        self.forget_windows();
+        self.forget_windows(Forget::All);
         for space in &mut self.spaces {
             space.flush(false);
         }
@@ -426,7 +469,7 @@ impl Core {
 
     /// Drops what is held for one PCID, less global pages.
     pub(crate) fn flush_pcid(&mut self, pcid: u64) {
-        self.forget_windows();
+        self.forget_windows(Forget::Local);
         for space in self.spaces.iter_mut().filter(|s| s.pcid == Some(pcid)) {
             space.flush(true);
         }
@@ -434,18 +477,24 @@ impl Core {
 
     /// INVLPG: drops the page in all spaces, since it may be global.
     pub(crate) fn flush_page(&mut self, linear: u64) {
-        self.forget_windows();
+        let mut whole = Forget::Page(linear & !(PAGE_SIZE - 1));
         for space in &mut self.spaces {
-            space.flush_page(linear);
+            if space.flush_page(linear) {
+                whole = Forget::All;
+            }
         }
+        self.forget_windows(whole);
     }
 
     /// Drops one page of one PCID.
     pub(crate) fn flush_page_of(&mut self, pcid: u64, linear: u64) {
-        self.forget_windows();
+        let mut whole = Forget::Page(linear & !(PAGE_SIZE - 1));
         for space in self.spaces.iter_mut().filter(|s| s.pcid == Some(pcid)) {
-            space.flush_page(linear);
+            if space.flush_page(linear) {
+                whole = Forget::All;
+            }
         }
+        self.forget_windows(whole);
     }
 
     /// Drops what the jump caches know of `pc`, whose block went away.
@@ -470,11 +519,11 @@ impl Core {
         let Some(host) = self.memory.host_ptr(physical & !(PAGE_SIZE - 1), PAGE_SIZE) else {
             return;
         };
-        self.forget_windows();
+        self.forget_windows(Forget::Stores(host as u64));
         for space in &mut self.spaces {
             for table in [tlb_number(false, true), tlb_number(true, true)] {
                 for (index, entry) in space.tlb[table].iter_mut().enumerate() {
-                    if entry.host == host as u64 {
+                    if entry.page() == host as u64 {
                         entry.tag = invalid_tag(index);
                     }
                 }
@@ -533,7 +582,7 @@ impl Core {
         let index = tlb_index(linear, user);
         let entry = self.space().tlb[tlb_number(user, kind == Kind::Write)][index];
         if kind != Kind::Fetch && entry.tag == page {
-            return Ok(Target::Ram((entry.host + (linear - page)) as *mut u8));
+            return Ok(Target::Ram((entry.page() + (linear - page)) as *mut u8));
         }
         if !Self::canonical(linear) {
             return Err(Exception::general_protection(0));
@@ -589,7 +638,7 @@ impl Core {
             space.info[table][index] = info;
             space.tlb[table][index] = TlbEntry {
                 tag: page,
-                host: host as u64,
+                host: host as u64 | u64::from(mapping.global),
             };
         }
     }

@@ -238,7 +238,7 @@ pub struct Msrs {
 pub const BOUNCE_SIZE: usize = 1024;
 
 /// Windows of one kind.
-pub(crate) const WINDOWS: usize = 64;
+pub(crate) const WINDOWS: usize = u64::BITS as usize;
 
 /// A page that a place in translated code accessed last, so that it may do so again.
 #[derive(Clone, Copy)]
@@ -311,8 +311,10 @@ pub struct State {
     pub(crate) bounce: Bounce,
     /// By kind, as the TLBs are; see [`Window`].
     pub(crate) windows: [[Window; WINDOWS]; 4],
-    /// Nonzero: some window is in use.
-    pub(crate) windows_used: u64,
+    /// Which windows are in use, a bit for each.
+    pub(crate) windows_used: [u64; 4],
+    /// Which of these are of pages that are not global.
+    pub(crate) windows_local: [u64; 4],
     /// `IA32_KERNEL_GS_BASE`.
     pub kernel_gs_base: u64,
     /// ES, CS, SS, DS, FS, GS.
@@ -396,7 +398,8 @@ impl State {
             xsave: XsaveArea::INITIAL,
             bounce: Bounce([0; BOUNCE_SIZE]),
             windows: [[Window::NONE; WINDOWS]; 4],
-            windows_used: 0,
+            windows_used: [0; 4],
+            windows_local: [0; 4],
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],
             ldtr: Segment::default(),

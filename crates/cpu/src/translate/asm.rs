@@ -200,6 +200,14 @@ impl Asm {
         self.modrm_gs(reg.0, disp);
     }
 
+    /// `op gs:[disp], from`, 64 bits
+    pub(crate) fn alu_gs_from(&mut self, op: Alu, disp: i32, from: Reg) {
+        self.raw(&[0x65]);
+        self.rex_w(from, Reg(0));
+        self.raw(&[(op as u8) << 3 | 1]);
+        self.modrm_gs(from.0, disp);
+    }
+
     /// `op qword gs:[disp], value`
     pub(crate) fn alu_gs_imm(&mut self, op: Alu, disp: i32, value: i32) {
         self.raw(&[0x65, 0x48, 0x81]);

@@ -8,7 +8,7 @@ use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
 };
 use super::lower::meta;
-use crate::mmu::{AddressSpace, TLB_ENTRIES, TlbEntry, tlb_number};
+use crate::mmu::{AddressSpace, HOST_GLOBAL, TLB_ENTRIES, TlbEntry, tlb_number};
 use crate::state::{WINDOWS, Window, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
@@ -272,14 +272,7 @@ fn through_tlb(a: &mut Asm, user: bool, store: bool) {
     let crosses = a.jcc_forward(cc::A);
     a.raw(&[0x8b, 0x4c, 0x24, 24]);
     a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
-    a.shift(4, RCX, size_of::<Window>().trailing_zeros() as u8);
-    let window = window_offset(user, store);
-    a.load(RAX, T1, tag);
-    a.store_gs_indexed(window, RCX, RAX);
-    a.load(T1, T1, host);
-    a.alu(Alu::Sub, T1, RAX);
-    a.store_gs_indexed(window + 8, RCX, T1);
-    a.store_gs_imm(state_offset!(windows_used), 1);
+    fill_window(a, tlb_number(user, store), tag, host);
     a.pop(RCX);
     a.pop(RAX);
     a.raw(&[0xc2, 8, 0]); // ret 8
@@ -287,6 +280,32 @@ fn through_tlb(a: &mut Asm, user: bool, store: bool) {
     a.aim(crosses);
     a.pop(RCX);
     a.pop(RAX);
+}
+
+/// Fills the window of a kind whose number is in RCX from the line at T1. Leaves the
+/// distance from guest to host in T1; clobbers RAX, RCX.
+fn fill_window(a: &mut Asm, kind: usize, tag: i32, host: i32) {
+    let window = state_offset!(windows) + (kind * size_of::<[Window; WINDOWS]>()) as i32;
+    let used = state_offset!(windows_used) + 8 * kind as i32;
+    let local = state_offset!(windows_local) + 8 * kind as i32;
+    a.push(RDX);
+    a.load(RDX, T1, host);
+    a.load(RAX, T1, tag);
+    a.mov_imm(T1, 1);
+    a.raw(&[0x49, 0xd3, 0xe3]); // shl r11, cl
+    a.alu_gs_from(Alu::Or, used, T1);
+    a.alu_gs_from(Alu::Or, local, T1);
+    a.raw(&[0xf6, 0xc2, HOST_GLOBAL as u8]); // test dl, global
+    let is_local = a.jcc_forward(cc::E);
+    a.alu_imm(Alu::Xor, RDX, HOST_GLOBAL as i32);
+    a.alu_gs_from(Alu::Xor, local, T1);
+    a.aim(is_local);
+    a.alu(Alu::Sub, RDX, RAX);
+    a.shift(4, RCX, size_of::<Window>().trailing_zeros() as u8);
+    a.store_gs_indexed(window, RCX, RAX);
+    a.store_gs_indexed(window + 8, RCX, RDX);
+    a.mov(T1, RDX);
+    a.pop(RDX);
 }
 
 /// Slow path of an access. On the stack: return address, meta. In: T0, the linear address.
