@@ -18,6 +18,8 @@ mod plain;
 mod spans;
 mod stack;
 pub(crate) mod thunks;
+#[cfg(test)]
+mod verify;
 
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic};
 
