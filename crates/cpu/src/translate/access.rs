@@ -78,6 +78,9 @@ impl Lower<'_> {
 
     /// Makes the effective address in T0 a linear one. The host's flags must be free.
     pub(super) fn add_segment_base(&mut self, instruction: &Instruction) {
+        if let Some(legacy) = self.mode.legacy {
+            return self.legacy_segment(instruction, legacy);
+        }
         match instruction.memory_segment() {
             Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
             Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
@@ -87,6 +90,9 @@ impl Lower<'_> {
 
     /// The effective address into T0; flags stay.
     pub(super) fn effective_address(&mut self, instruction: &Instruction, extra: i32) {
+        if self.mode.legacy.is_some() {
+            return self.legacy_effective(instruction, extra);
+        }
         let base = instruction.memory_base();
         let index = instruction.memory_index();
         let displacement = instruction.memory_displacement64();

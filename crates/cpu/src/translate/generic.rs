@@ -54,6 +54,19 @@ pub(crate) fn modrm_form(instruction: &mut Instruction) {
         C::Mov_moffs16_AX => C::Mov_rm16_r16,
         C::Mov_moffs32_EAX => C::Mov_rm32_r32,
         C::Mov_moffs64_RAX => C::Mov_rm64_r64,
+        // the forms below exist outside of 64-bit mode only
+        C::Inc_r16 => C::Inc_rm16,
+        C::Inc_r32 => C::Inc_rm32,
+        C::Dec_r16 => C::Dec_rm16,
+        C::Dec_r32 => C::Dec_rm32,
+        C::Add_rm8_imm8_82 => C::Add_rm8_imm8,
+        C::Or_rm8_imm8_82 => C::Or_rm8_imm8,
+        C::Adc_rm8_imm8_82 => C::Adc_rm8_imm8,
+        C::Sbb_rm8_imm8_82 => C::Sbb_rm8_imm8,
+        C::And_rm8_imm8_82 => C::And_rm8_imm8,
+        C::Sub_rm8_imm8_82 => C::Sub_rm8_imm8,
+        C::Xor_rm8_imm8_82 => C::Xor_rm8_imm8,
+        C::Cmp_rm8_imm8_82 => C::Cmp_rm8_imm8,
         _ => return,
     };
     instruction.set_code(code);

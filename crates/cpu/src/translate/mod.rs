@@ -13,6 +13,7 @@ pub(crate) mod asm;
 pub(crate) mod cache;
 pub(crate) mod classify;
 mod generic;
+mod legacy;
 pub(crate) mod lower;
 mod plain;
 mod spans;
@@ -57,7 +58,8 @@ pub(crate) fn translate(
     numbers: &Numbers,
     offered: impl Fn(CpuidFeature) -> bool + Copy,
 ) -> Option<Translated> {
-    let mut decoder = Decoder::with_ip(64, source.bytes, source.start, DecoderOptions::NONE);
+    let bitness = source.mode.legacy.map_or(64, |legacy| legacy.bitness());
+    let mut decoder = Decoder::with_ip(bitness, source.bytes, source.start, DecoderOptions::NONE);
     let mut decoded: Vec<(Instruction, Class)> = Vec::with_capacity(16);
     let mut uses_fpu = false;
     let mut side_exits = 0;
@@ -72,6 +74,11 @@ pub(crate) fn translate(
             break;
         }
         let mut class = classify(&instruction, offered);
+        if bitness != 64
+            && let Some(other) = legacy::classify(&instruction)
+        {
+            class = other;
+        }
         let need = extended_state(&instruction);
         if class == Class::Plain && need != Extended::No {
             if (need as u8) > source.mode.extended {

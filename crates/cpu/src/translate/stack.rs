@@ -12,6 +12,9 @@ use crate::state::{gpr, state_offset};
 impl Lower<'_> {
     /// Lowers a stack operation; false if it has to be emulated after all.
     pub(super) fn stack(&mut self, instruction: &Instruction) -> bool {
+        if let Some(legacy) = self.mode.legacy {
+            return self.legacy_stack(instruction, legacy);
+        }
         match instruction.mnemonic() {
             Mnemonic::Push => self.push(instruction),
             Mnemonic::Pop => self.pop(instruction),
