@@ -337,7 +337,14 @@ impl Cpu {
             // translated code leaves these only when the target is not canonical
             return self.deliver(bus, Exception::general_protection(0));
         }
-        match system::execute(&mut self.core, bus, &instruction) {
+        let flow = system::execute(&mut self.core, bus, &instruction);
+        // entering a handler clears TF, and what an INT sets off is over with it
+        let entered = match instruction.mnemonic() {
+            Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Syscall => true,
+            Mnemonic::Into => flow == Ok(Flow::Jump),
+            _ => false,
+        };
+        match flow {
             Ok(Flow::Next) => self.core.state.rip = instruction.next_ip(),
             Ok(Flow::Jump) => {}
             Ok(Flow::Halt) => self.halt(stop, bus),
@@ -345,11 +352,6 @@ impl Cpu {
             Err(_) if self.core.fatal.is_some() => return Some(self.undelivered()),
             Err(exception) => return self.deliver(bus, exception),
         }
-        // entering a handler clears TF, and what an INT sets off is over with it
-        let entered = matches!(
-            instruction.mnemonic(),
-            Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Syscall
-        );
         (trap && !entered && system::deliver_single_step(&mut self.core, bus).is_err())
             .then(|| self.undelivered())
     }
@@ -785,7 +787,9 @@ impl Cpu {
     ) -> Result<Option<Place>, Exception> {
         let store = what & meta::STORE != 0;
         let kind = if store { Kind::Write } else { Kind::Read };
-        if !Core::canonical(address.wrapping_add(size.saturating_sub(1))) {
+        if !Core::canonical(address.wrapping_add(size.saturating_sub(1)))
+            || what & meta::WRAPS == 0 && self.core.beyond_flat(address, size)
+        {
             return Err(Exception::general_protection(0));
         }
         self.core.check_alignment(address, size)?;

@@ -11,8 +11,6 @@ use crate::state::{Segment, State, cr0, efer, rflags, segment as index};
 
 /// Descriptor attribute bits (as in [`Segment::attributes`]).
 pub(crate) mod attribute {
-    /// Accessed.
-    pub(crate) const ACCESSED: u16 = 1;
     /// Data: writable. Code: readable.
     pub(crate) const WRITABLE: u16 = 1 << 1;
     /// Data: expand down. Code: conforming.
@@ -239,7 +237,7 @@ impl Core {
         let extent = self.state.extent(number);
         let end = if store { extent.store_end } else { extent.end };
         let offset = u64::from(offset);
-        if extent != Extent::FLAT && (offset < extent.first || offset + length.max(1) > end) {
+        if offset < extent.first || offset + length.max(1) > end {
             return Err(segment_fault(number));
         }
         Ok(self.linear_of(number, offset))
@@ -252,6 +250,11 @@ impl Core {
         } else {
             linear & u64::from(u32::MAX)
         }
+    }
+
+    /// Whether an access in a flat segment reaches beyond its 4 GiB.
+    pub(crate) fn beyond_flat(&self, offset: u64, size: u64) -> bool {
+        !self.state.is_long_code() && offset.saturating_add(size) > 1 << 32
     }
 
     /// How many elements of `size` bytes, the first at `offset`, lie within a segment, which

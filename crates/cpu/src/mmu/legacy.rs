@@ -31,12 +31,7 @@ impl Entry<'_> {
         new == old
             || match self {
                 Self::Narrow(entry) => entry
-                    .compare_exchange(
-                        old as u32,
-                        new as u32,
-                        Ordering::SeqCst,
-                        Ordering::Relaxed,
-                    )
+                    .compare_exchange(old as u32, new as u32, Ordering::SeqCst, Ordering::Relaxed)
                     .is_ok(),
                 Self::Wide(entry) => entry
                     .compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed)
@@ -121,10 +116,9 @@ impl Core {
             if value & PTE_P == 0 {
                 return Err(fault(0));
             }
-            let large = level.shift > 12
-                && value & PTE_PS != 0
-                && (pae || self.state.cr4 & cr4::PSE != 0);
-            if value & self.reserved(pae, nxe, large) != 0 {
+            let large =
+                level.shift > 12 && value & PTE_PS != 0 && (pae || self.state.cr4 & cr4::PSE != 0);
+            if value & reserved(pae, nxe, large) != 0 {
                 return Err(fault(pf::P | pf::RSVD));
             }
             let all = rights & value;
@@ -177,14 +171,14 @@ impl Core {
         let address = level.table + (linear >> level.shift & 0x3ff) * 4;
         self.narrow_entry(address).map(Entry::Narrow)
     }
+}
 
-    /// The bits of an entry that must be zero.
-    fn reserved(&self, pae: bool, nxe: bool, large: bool) -> u64 {
-        if !pae {
-            return if large { 1 << 21 } else { 0 };
-        }
-        let beyond = 0x7fff_ffff_ffff_f000 & !((1 << PHYSICAL_BITS) - 1);
-        let page = if large { 0x1f_e000 } else { 0 };
-        beyond | page | if nxe { 0 } else { PTE_NX }
+/// The bits of an entry that must be zero.
+fn reserved(pae: bool, nxe: bool, large: bool) -> u64 {
+    if !pae {
+        return if large { 1 << 21 } else { 0 };
     }
+    let beyond = 0x7fff_ffff_ffff_f000 & !((1 << PHYSICAL_BITS) - 1);
+    let page = if large { 0x1f_e000 } else { 0 };
+    beyond | page | if nxe { 0 } else { PTE_NX }
 }

@@ -4,8 +4,8 @@
 //! Called by the engine between instructions and by INT n. An event that cannot be
 //! delivered leaves the state as it was, but for CR2.
 
-use super::{Flow, deliver_legacy, real};
 use super::segment::{self, Descriptor};
+use super::{Flow, deliver_legacy, real};
 use crate::bus::Bus;
 use crate::exception::{Exception, vector};
 use crate::mmu::{Core, Privilege};

@@ -39,7 +39,9 @@ pub(super) fn enter(core: &mut Core, bus: &dyn Bus, event: &Event) -> Done {
     let new_cpl = if inner { code.dpl() } else { cpl };
     let virtual_8086 = core.state.is_virtual_8086();
     if virtual_8086 && new_cpl != 0 {
-        return Err(Exception::general_protection(selector_code(gate.selector) | ext));
+        return Err(Exception::general_protection(
+            selector_code(gate.selector) | ext,
+        ));
     }
     let stack = if inner {
         gate::inner_stack(core, bus, new_cpl, ext)?
@@ -104,12 +106,7 @@ fn read_gate(core: &mut Core, bus: &dyn Bus, event: &Event, ext: u32) -> Result<
     })
 }
 
-fn handler(
-    core: &mut Core,
-    bus: &dyn Bus,
-    gate: &Gate,
-    ext: u32,
-) -> Result<Descriptor, Exception> {
+fn handler(core: &mut Core, bus: &dyn Bus, gate: &Gate, ext: u32) -> Result<Descriptor, Exception> {
     if segment::is_null(gate.selector) {
         return Err(Exception::general_protection(ext));
     }

@@ -2,8 +2,8 @@
 
 use iced_x86::Instruction;
 
-use super::{Done, real};
 use super::memory::stack_operand_size;
+use super::{Done, real};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::Core;

@@ -30,8 +30,7 @@ struct Gate {
 
 /// Whether the selector leads to a task switch outside of IA-32e mode.
 fn is_task(core: &Core, found: Descriptor) -> bool {
-    !core.state.is_long_mode()
-        && matches!(found.kind(), TYPE_TSS_16 | TYPE_TASK_GATE | TYPE_TSS)
+    !core.state.is_long_mode() && matches!(found.kind(), TYPE_TSS_16 | TYPE_TASK_GATE | TYPE_TSS)
 }
 
 fn read(
@@ -151,10 +150,7 @@ pub(super) fn call(
 
 /// What a call to an inner ring leaves on the new stack, the last pushed first.
 fn frame(core: &mut Core, bus: &dyn Bus, gate: &Gate, next_ip: u64) -> Result<Vec<u64>, Exception> {
-    let mut values = vec![
-        next_ip,
-        u64::from(core.state.segments[index::CS].selector),
-    ];
+    let mut values = vec![next_ip, u64::from(core.state.segments[index::CS].selector)];
     for at in 0..gate.count {
         values.push(core.peek(bus, at, gate.size)?);
     }
@@ -247,10 +243,7 @@ pub(super) fn push(
     let mask = stack.segment.stack_mask();
     let pointer = stack.pointer.wrapping_sub(length) & mask;
     let error = Exception::stack_fault(selector_code(stack.segment.selector));
-    let linear = stack
-        .segment
-        .linear(pointer, length, true)
-        .ok_or(error)?;
+    let linear = stack.segment.linear(pointer, length, true).ok_or(error)?;
     core.write_linear(bus, linear, &bytes, Privilege::Supervisor)?;
     Ok(pointer)
 }

@@ -80,7 +80,10 @@ pub(super) fn adjust(core: &mut Core, instr: &Instruction) -> Done {
             if base == 0 {
                 return Err(Exception::new(vector::DE));
             }
-            core.set_gpr(Register::AX, u64::from(al / base) << 8 | u64::from(al % base));
+            core.set_gpr(
+                Register::AX,
+                u64::from(al / base) << 8 | u64::from(al % base),
+            );
             set_adjusted(core, al % base, 0, 0);
         }
         Mnemonic::Aad => {
@@ -145,12 +148,16 @@ pub(super) fn arpl(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done 
 /// PUSHA, PUSHAD.
 pub(super) fn push_all(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let size = if instr.code() == Code::Pushaw { 2 } else { 4 };
-    let mut bytes = [0; 32];
-    let bytes = &mut bytes[..8 * size];
-    for (slot, register) in bytes.chunks_exact_mut(size).zip(PUSHED.iter().rev()) {
-        slot.copy_from_slice(&core.state.gpr[*register].to_le_bytes()[..size]);
+    let mut pointer = core.stack_pointer();
+    for register in PUSHED {
+        pointer = pointer.wrapping_sub(size as u64);
+        let value = core.state.gpr[register].to_le_bytes();
+        core.stack_at(pointer)
+            .aligned(core, size)?
+            .write(core, bus, &value[..size])?;
     }
-    core.push_values(bus, bytes, size)
+    core.set_stack_pointer(pointer);
+    Ok(())
 }
 
 /// POPA, POPAD.
@@ -161,7 +168,11 @@ pub(super) fn pop_all(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Do
         *value = core.peek(bus, at, size)?;
     }
     core.drop_stack(8 * size as u64);
-    let first = if size == 2 { Register::AX } else { Register::EAX };
+    let first = if size == 2 {
+        Register::AX
+    } else {
+        Register::EAX
+    };
     for (value, register) in values.into_iter().zip(PUSHED.iter().rev()) {
         if *register != gpr::RSP {
             core.set_gpr(first + *register as u32, value);

@@ -83,9 +83,7 @@ impl Address {
         }
         if base.size() == 2
             || index.size() == 2
-            || (base == Register::None
-                && index == Register::None
-                && instr.memory_displ_size() == 2)
+            || (base == Register::None && index == Register::None && instr.memory_displ_size() == 2)
         {
             offset &= 0xffff;
         }
@@ -345,7 +343,11 @@ pub(super) fn stack_operand_size(instr: &Instruction, values: i32) -> usize {
 /// LEAVE in the forms that translated code leaves here.
 pub(super) fn leave(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let size = stack_operand_size(instr, 1);
-    let size = if instr.code() == Code::Leavew { 2 } else { size };
+    let size = if instr.code() == Code::Leavew {
+        2
+    } else {
+        size
+    };
     let frame = core.state.gpr[gpr::RBP] & core.stack_mask();
     let value = core.stack_at(frame).read_uint(core, bus, size)?;
     core.set_stack_pointer(frame.wrapping_add(size as u64));

@@ -166,7 +166,9 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Verr | M::Verw => segment::verify(core, bus, instr),
         M::In => io::input(core, bus, instr),
         M::Out => io::output(core, bus, instr),
-        M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das | M::Salc => legacy::adjust(core, instr),
+        M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das | M::Salc => {
+            legacy::adjust(core, instr)
+        }
         M::Bound => legacy::bound(core, bus, instr),
         M::Arpl => legacy::arpl(core, bus, instr),
         M::Pusha | M::Pushad => legacy::push_all(core, bus, instr),

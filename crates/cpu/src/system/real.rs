@@ -14,12 +14,8 @@ const VIRTUAL_8086: u16 = 0x00f3;
 /// The flags that IRET changes in real mode, beside the 16-bit ones: AC, ID.
 const HIGH_FLAGS: u64 = rflags::AC | rflags::ID;
 /// The flags that 16-bit IRET and POPF change in real mode.
-const LOW_FLAGS: u64 = rflags::STATUS
-    | rflags::TF
-    | rflags::IF
-    | rflags::DF
-    | rflags::IOPL
-    | rflags::NT;
+const LOW_FLAGS: u64 =
+    rflags::STATUS | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT;
 
 /// What loading `selector` makes of a segment register. Real mode keeps limit and rights
 /// from before.
@@ -69,9 +65,7 @@ pub(super) fn require_iopl(core: &Core) -> Done {
 pub(super) fn iret(core: &mut Core, bus: &dyn Bus, size: usize) -> Result<Flow, Exception> {
     require_iopl(core)?;
     core.state.nmi_blocked = false;
-    let Frame {
-        rip, cs, flags, ..
-    } = super::transfer::read_frame(core, bus, size, 3)?;
+    let Frame { rip, cs, flags, .. } = super::transfer::read_frame(core, bus, size, 3)?;
     let mut mask = if size == 2 {
         LOW_FLAGS
     } else {

@@ -3,9 +3,9 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
-use super::{Done, real};
 use super::control::{require_cpl0, require_no_umip};
 use super::memory::{Address, stack_operand_size};
+use super::{Done, real};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::{Core, Privilege};
@@ -173,7 +173,11 @@ pub(super) fn read_descriptor(
 }
 
 /// The upper half of a 16-byte system descriptor. `None`: beyond the table's limit.
-pub(super) fn read_upper(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Option<u64>, Exception> {
+pub(super) fn read_upper(
+    core: &mut Core,
+    bus: &dyn Bus,
+    selector: u16,
+) -> Result<Option<u64>, Exception> {
     let offset = u64::from(selector & !7);
     let Some((base, _)) = table_of(core, selector).filter(|t| offset + 15 <= t.1) else {
         return Ok(None);
@@ -356,10 +360,7 @@ pub(super) fn load_table(core: &mut Core, bus: &dyn Bus, instr: &Instruction) ->
     let size = table_size(core);
     Address::of(core, instr).read_into(core, bus, &mut image[..size])?;
     let mut raw = u128::from_le_bytes(image);
-    if matches!(
-        instr.code(),
-        Code::Lgdt_m1632_16 | Code::Lidt_m1632_16
-    ) {
+    if matches!(instr.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) {
         // a base of 24 bits
         raw &= 0xff_ffff_ffff;
     }

@@ -86,7 +86,8 @@ fn kind_of(mnemonic: Mnemonic) -> Option<(Operation, u64)> {
 
 /// What the address size leaves of RSI, RDI and RCX.
 fn address_mask(instr: &Instruction) -> u64 {
-    let uses = |kinds: [OpKind; 2]| (0..instr.op_count()).any(|i| kinds.contains(&instr.op_kind(i)));
+    let uses =
+        |kinds: [OpKind; 2]| (0..instr.op_count()).any(|i| kinds.contains(&instr.op_kind(i)));
     if uses([OpKind::MemorySegESI, OpKind::MemoryESEDI]) {
         0xffff_ffff
     } else if uses([OpKind::MemorySegSI, OpKind::MemoryESDI]) {

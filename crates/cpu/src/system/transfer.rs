@@ -278,14 +278,8 @@ fn far_pointer(
     instr: &Instruction,
 ) -> Result<(u16, u64), Exception> {
     match instr.op0_kind() {
-        OpKind::FarBranch16 => Ok((
-            instr.far_branch_selector(),
-            u64::from(instr.far_branch16()),
-        )),
-        OpKind::FarBranch32 => Ok((
-            instr.far_branch_selector(),
-            u64::from(instr.far_branch32()),
-        )),
+        OpKind::FarBranch16 => Ok((instr.far_branch_selector(), u64::from(instr.far_branch16()))),
+        OpKind::FarBranch32 => Ok((instr.far_branch_selector(), u64::from(instr.far_branch32()))),
         _ => {
             let size = far_size(instr.code());
             let pointer = Address::of(core, instr);

@@ -233,9 +233,10 @@ pub(super) fn gather(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
             continue;
         }
         let mut element = [0; 8];
-        if let Err(e) = gather
-            .address(core, &index_values, i)
-            .read_into(core, bus, &mut element[..size])
+        if let Err(e) =
+            gather
+                .address(core, &index_values, i)
+                .read_into(core, bus, &mut element[..size])
         {
             core.state.set_ymm(to, &value);
             core.state.set_ymm(mask, &masks);

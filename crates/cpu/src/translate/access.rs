@@ -125,7 +125,11 @@ impl Lower<'_> {
     }
 
     /// Whether a fault of the memory operand's address is the stack segment's.
-    pub(super) fn stack_segment(instruction: &Instruction) -> u32 {
+    pub(super) fn stack_segment(&self, instruction: &Instruction) -> u32 {
+        if self.mode.legacy.is_some() {
+            let on_stack = instruction.memory_segment() == Register::SS;
+            return if on_stack { meta::STACK } else { 0 };
+        }
         // overrides other than FS and GS are ignored in 64-bit mode
         let on_stack = !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
             && matches!(
@@ -186,6 +190,7 @@ impl Lower<'_> {
 
     fn check(&mut self, place: Place, window: u32, size: u32, what: u32) -> Stub {
         debug_assert!(self.flags == Flags::Ax);
+        let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
         let at = window_offset(self.mode.user, store) + (window * size_of_window()) as i32;
         let direct = place.base != T0;

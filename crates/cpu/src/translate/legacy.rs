@@ -14,7 +14,7 @@ use super::asm::{Alu, GUEST_RSP, HOME, RAX, RBP, RCX, Reg, T0, T1, cc};
 use super::classify::Class;
 use super::lower::{Flags, Lower, condition_number, meta};
 use crate::exception::vector;
-use crate::segmentation::{Legacy, Extent};
+use crate::segmentation::{Extent, Legacy, segment_fault};
 use crate::state::{Segment, segment as index, state_offset};
 
 /// A jump to where a fault is raised: of general protection or, for the stack, #SS(0).
@@ -83,6 +83,18 @@ fn base_of(segment: usize) -> i32 {
     }
 }
 
+/// Whether the operand's offset is a constant and the access ends within 4 GiB of it.
+fn is_inside(instruction: &Instruction, size: u64) -> bool {
+    instruction.memory_base() == Register::None
+        && instruction.memory_index() == Register::None
+        && instruction.memory_displacement64() + size <= 1 << 32
+}
+
+/// What an access beyond a segment raises.
+fn fault_vector(segment: usize) -> u8 {
+    segment_fault(segment).vector
+}
+
 const BELOW: u8 = 2;
 
 impl Lower<'_> {
@@ -128,6 +140,14 @@ impl Lower<'_> {
         let store = !matches!(access, OpAccess::Read | OpAccess::CondRead);
         let size = instruction.memory_size().size().max(1);
         let segment = segment_number(instruction.memory_segment());
+        let based = legacy.based >> segment & 1 != 0;
+        if based && legacy.checked >> segment & 1 == 0 && !is_inside(instruction, size as u64) {
+            // what reaches beyond 4 GiB of a flat segment wraps in the linear addresses only
+            self.asm.lea(T1, Some(T0), None, size as i32 - 1, false);
+            self.asm.shift(5, T1, 32);
+            let beyond = self.asm.jcc_forward(cc::NE);
+            self.segment_fault(beyond, fault_vector(segment));
+        }
         self.segment_access(legacy, segment, size as u32, store);
     }
 
@@ -146,18 +166,14 @@ impl Lower<'_> {
             self.asm.lea(T1, Some(T0), None, size as i32, false);
             self.asm.alu_gs(Alu::Cmp, T1, extent + end as i32);
             let above = self.asm.jcc_forward(cc::A);
-            let vector = if segment == index::SS {
-                vector::SS
-            } else {
-                vector::GP
-            };
-            self.segment_fault(below, vector);
-            self.segment_fault(above, vector);
+            self.segment_fault(below, fault_vector(segment));
+            self.segment_fault(above, fault_vector(segment));
         }
         if legacy.based >> segment & 1 != 0 {
             // add r10d, gs:[base]
             self.asm.raw(&[0x65, 0x44, 0x03, 0x14, 0x25]);
             self.asm.raw(&base_of(segment).to_le_bytes());
+            self.wraps = meta::WRAPS;
         }
     }
 
@@ -472,7 +488,8 @@ impl Lower<'_> {
             let same = 0xc0 | number << 3 | number;
             if all {
                 // vpxor xmm, xmm, xmm
-                self.asm.raw(&[0xc5, 0x80 | (!number & 0xf) << 3 | 1, 0xef, same]);
+                self.asm
+                    .raw(&[0xc5, 0x80 | (!number & 0xf) << 3 | 1, 0xef, same]);
             } else {
                 // vmovaps xmm, xmm
                 self.asm.raw(&[0xc5, 0xf8, 0x28, same]);

@@ -128,6 +128,9 @@ pub(crate) mod meta {
     pub(crate) const WAITS: u32 = 1 << 20;
     /// Several accesses that were to share one check.
     pub(crate) const SPAN: u32 = 1 << 21;
+    /// Outside of 64-bit mode: the segment has a base, so the end of the linear addresses
+    /// need not be that of the segment.
+    pub(crate) const WRAPS: u32 = 1 << 22;
     /// Where the number of the window that it went through begins.
     pub(crate) const WINDOW_SHIFT: u32 = 24;
 }
@@ -172,6 +175,8 @@ pub(crate) struct Lower<'a> {
     /// Indirect calls to non-canonical addresses.
     far_faults: Vec<(usize, Instruction)>,
     pub(super) segment_faults: Vec<SegmentFault>,
+    /// What the address of the next access adds to its word for the slow path.
+    pub(super) wraps: u32,
     entry: usize,
 }
 
@@ -214,6 +219,7 @@ impl<'a> Lower<'a> {
             misses: Vec::new(),
             far_faults: Vec::new(),
             segment_faults: Vec::new(),
+            wraps: 0,
             entry: 0,
         }
     }

@@ -14,5 +14,5 @@ mod host;
 mod kernels;
 mod programs;
 mod pty;
-mod terminal;
 mod sandbox;
+mod terminal;
