@@ -63,6 +63,8 @@ pub(crate) fn translate(
     let mut decoded: Vec<(Instruction, Class)> = Vec::with_capacity(16);
     let mut uses_fpu = false;
     let mut side_exits = 0;
+    // a branch beyond the code segment is for `legacy` to see
+    let limited = source.mode.legacy.is_some_and(|l| l.code_limit != u32::MAX);
     let limit = if source.mode.single {
         1
     } else {
@@ -90,7 +92,7 @@ pub(crate) fn translate(
         decoded.push((instruction, class));
         let conditional = instruction.is_jcc_short_or_near();
         side_exits += usize::from(conditional);
-        let goes_on = conditional && side_exits <= MAX_SIDE_EXITS;
+        let goes_on = conditional && side_exits <= MAX_SIDE_EXITS && !limited;
         if matches!(class, Class::System | Class::Branch) && !goes_on {
             break;
         }
