@@ -157,7 +157,7 @@ impl Blocks {
     }
 
     /// Throws away the blocks that cover any of `length` bytes at physical `address`.
-    /// Returns their linear addresses.
+    /// Returns what stands for them in jump caches.
     pub(crate) fn invalidate(
         &mut self,
         cache: &mut CodeCache,
@@ -176,7 +176,10 @@ impl Blocks {
         for &number in &hit {
             self.kill(cache, number);
         }
-        hit.iter().map(|&n| self.all[n as usize].key.rip).collect()
+        hit.iter()
+            .map(|&n| &self.all[n as usize].key)
+            .map(|key| key.mode.jump_key(key.rip))
+            .collect()
     }
 
     /// Whether any live block has bytes in the page.

@@ -8,6 +8,7 @@
 //!                  └─ translate          └────┘ slow access          attention
 //! ```
 
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -20,7 +21,9 @@ use crate::Error;
 use crate::blocks::{Blocks, Key};
 use crate::bus::{Bus, Waker};
 use crate::exception::{Exception, vector};
-use crate::mmu::{Core, Kind, Privilege, Target};
+use crate::hash::BuildFast;
+use crate::mmu::{Core, JumpEntry, Kind, Privilege, Target, jump_table};
+use crate::segmentation::Legacy;
 use crate::signal::{self, Window};
 use crate::state::{BOUNCE_SIZE, State, cr0, cr4, gpr, rflags};
 use crate::system::{self, Flow};
@@ -98,6 +101,8 @@ pub struct Cpu {
     apart: bool,
     /// The control bits that current jump-cache entries were made under.
     controls: (u64, u64, u64, bool),
+    /// Modes other than those of 64-bit code that blocks were made for, and their tags.
+    legacy_modes: HashMap<Mode, u16, BuildFast>,
     device_writes: Arc<DeviceWrites>,
     statistics: Statistics,
 }
@@ -145,6 +150,7 @@ impl Cpu {
             alone: false,
             apart: false,
             controls: (0, 0, 0, false),
+            legacy_modes: HashMap::default(),
             device_writes,
             statistics: Statistics::default(),
         })
@@ -183,6 +189,7 @@ impl Cpu {
 
     fn empty_cache(&mut self) {
         self.blocks.clear(&mut self.cache, self.thunks_end);
+        self.legacy_modes.clear();
         self.core.flush_jumps();
         self.core.memory.code().clear();
         self.statistics.flushes += 1;
@@ -247,7 +254,7 @@ impl Cpu {
             } else if self.core.state.rflags() & rflags::IF != 0 {
                 if let Some(number) = bus.acknowledge_interrupt() {
                     if system::deliver_interrupt(&mut self.core, bus, number).is_err() {
-                        return Some(Exit::TripleFault);
+                        return Some(self.undelivered());
                     }
                 } else {
                     self.core.check_interrupts = false;
@@ -295,20 +302,30 @@ impl Cpu {
                 Some(exception) => return self.deliver(bus, exception),
                 None => false,
             },
+            Leave::Fault => {
+                let vector = self.core.state.temp[0] as u8;
+                return self.deliver(bus, Exception::with_code(vector, 0));
+            }
             Leave::HostFault => return self.host_fault(bus),
         };
         (trap
             && done
             && leave != Leave::Attention
             && system::deliver_single_step(&mut self.core, bus).is_err())
-        .then_some(Exit::TripleFault)
+        .then(|| self.undelivered())
     }
 
     fn deliver(&mut self, bus: &dyn Bus, exception: Exception) -> Option<Exit> {
         tracing::trace!(?exception, rip = self.core.state.rip, "exception");
         system::deliver_exception(&mut self.core, bus, exception)
             .is_err()
-            .then_some(Exit::TripleFault)
+            .then(|| self.undelivered())
+    }
+
+    /// Why an exception or interrupt could not be delivered.
+    fn undelivered(&mut self) -> Exit {
+        let reason = self.core.fatal.take();
+        reason.map_or(Exit::TripleFault, |reason| Exit::Fatal(reason.into()))
     }
 
     fn system(&mut self, stop: &AtomicBool, bus: &dyn Bus, trap: bool) -> Option<Exit> {
@@ -320,20 +337,23 @@ impl Cpu {
             // translated code leaves these only when the target is not canonical
             return self.deliver(bus, Exception::general_protection(0));
         }
-        match system::execute(&mut self.core, bus, &instruction) {
+        let flow = system::execute(&mut self.core, bus, &instruction);
+        // entering a handler clears TF, and what an INT sets off is over with it
+        let entered = match instruction.mnemonic() {
+            Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Syscall => true,
+            Mnemonic::Into => flow == Ok(Flow::Jump),
+            _ => false,
+        };
+        match flow {
             Ok(Flow::Next) => self.core.state.rip = instruction.next_ip(),
             Ok(Flow::Jump) => {}
             Ok(Flow::Halt) => self.halt(stop, bus),
             Ok(Flow::Fatal(reason)) => return Some(Exit::Fatal(reason)),
+            Err(_) if self.core.fatal.is_some() => return Some(self.undelivered()),
             Err(exception) => return self.deliver(bus, exception),
         }
-        // entering a handler clears TF, and what an INT sets off is over with it
-        let entered = matches!(
-            instruction.mnemonic(),
-            Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Syscall
-        );
         (trap && !entered && system::deliver_single_step(&mut self.core, bus).is_err())
-            .then_some(Exit::TripleFault)
+            .then(|| self.undelivered())
     }
 
     /// After an indirect branch that found no block: a target that is not canonical is the
@@ -420,8 +440,8 @@ impl Cpu {
     }
 
     fn invalidate(&mut self, address: u64, length: u64) {
-        for rip in self.blocks.invalidate(&mut self.cache, address, length) {
-            self.core.forget_jump(rip);
+        for pc in self.blocks.invalidate(&mut self.cache, address, length) {
+            self.core.forget_jump(pc);
         }
         if !self.blocks.page_in_use(address) {
             self.core.memory.code().clear_page(address);
@@ -447,11 +467,31 @@ impl Cpu {
             aligned: self.core.checks_alignment(),
             single: shape == Shape::Single,
             apart: shape == Shape::Apart,
+            legacy: None,
         }
+    }
+
+    /// As `mode`, outside of 64-bit mode.
+    fn legacy_mode(&mut self, shape: Shape) -> Option<Mode> {
+        let legacy = self.core.state.legacy()?;
+        let mut mode = Mode {
+            legacy: Some(legacy),
+            ..self.mode(shape)
+        };
+        if self.legacy_modes.len() >= usize::from(u16::MAX) {
+            self.empty_cache();
+        }
+        let next = self.legacy_modes.len() as u16 + 1;
+        let tag = *self.legacy_modes.entry(mode).or_insert(next);
+        mode.legacy = Some(Legacy { tag, ..legacy });
+        Some(mode)
     }
 
     /// Where to enter for where the guest is: from the jump cache, else `find_block`.
     fn find_entry(&mut self, shape: Shape) -> Result<u64, Exception> {
+        if !self.core.state.is_long_code() {
+            return self.find_legacy_entry(shape);
+        }
         let user = self.core.user();
         let state = &self.core.state;
         let aligned = self.core.checks_alignment();
@@ -467,17 +507,42 @@ impl Cpu {
             self.core.flush_jumps();
         }
         let rip = self.core.state.rip;
-        match self.core.space().jump(user, rip) {
+        match self.core.space().jump(jump_table(user, false), rip) {
             Some(entry) if shape == Shape::Whole => Ok(entry),
             _ => Ok(self.find_block(shape)?.1),
         }
     }
 
+    /// As `find_entry`, outside of 64-bit mode.
+    fn find_legacy_entry(&mut self, shape: Shape) -> Result<u64, Exception> {
+        self.core.state.rip &= u64::from(u32::MAX);
+        let rip = self.core.state.rip;
+        let Some(mode) = self.legacy_mode(shape) else {
+            return Ok(self.find_block(shape)?.1);
+        };
+        let known = mode.legacy.and_then(|legacy| {
+            let space = self.core.space();
+            space.jump(mode.jumps(), legacy.jump_key(rip))
+        });
+        match known {
+            Some(entry) if shape == Shape::Whole => Ok(entry),
+            _ => Ok(self.find_block_in(mode)?.1),
+        }
+    }
+
     /// The block for where the guest is, made if need be: its number and entry address.
     fn find_block(&mut self, shape: Shape) -> Result<(u32, u64), Exception> {
-        let mode = self.mode(shape);
+        let mode = self.legacy_mode(shape).unwrap_or_else(|| self.mode(shape));
+        self.find_block_in(mode)
+    }
+
+    fn find_block_in(&mut self, mode: Mode) -> Result<(u32, u64), Exception> {
         let rip = self.core.state.rip;
-        let (physical, global) = self.core.fetch_address(rip)?;
+        let first = mode.linear(rip);
+        if mode.legacy.is_some_and(|l| rip > l.code_limit.into()) {
+            return Err(Exception::general_protection(0));
+        }
+        let (physical, global) = self.core.fetch_address(first)?;
         let mut key = Key {
             physical,
             second: None,
@@ -491,13 +556,16 @@ impl Cpu {
         let number = number.unwrap_or_default();
         let block = &self.blocks.all[number as usize];
         let entry = self.cache.base() + u64::from(block.entry);
-        if shape == Shape::Whole {
-            let last = rip.wrapping_add(u64::from(block.length.max(1) - 1));
+        if !mode.single && !mode.apart {
+            let last = first.wrapping_add(u64::from(block.length.max(1) - 1));
+            let line = JumpEntry {
+                pc: mode.jump_key(rip),
+                code: entry,
+            };
             self.core.space().insert_jump(
-                mode.user,
-                rip,
-                last,
-                entry,
+                mode.jumps(),
+                line,
+                (first, last),
                 global && block.key.second.is_none(),
             );
         }
@@ -506,8 +574,9 @@ impl Cpu {
 
     fn make_block(&mut self, key: &mut Key) -> Result<u32, Exception> {
         let mut bytes = [0; PAGE_SIZE as usize];
-        let first = (PAGE_SIZE - key.rip % PAGE_SIZE) as usize;
-        let first = first.min(1024);
+        let first = (PAGE_SIZE - key.physical % PAGE_SIZE) as usize;
+        let allowed = key.mode.code_left(key.rip);
+        let first = first.min(1024).min(allowed);
         self.fetch(key.physical, &mut bytes[..first]);
         if self.cache.free() < CACHE_RESERVE {
             self.empty_cache();
@@ -515,16 +584,21 @@ impl Cpu {
         if let Some(number) = self.place(key, &bytes[..first]) {
             return Ok(number);
         }
+        if first == allowed {
+            // it reaches beyond the code segment
+            return Err(Exception::general_protection(0));
+        }
         // the first instruction goes on in the next page
-        let next = (key.rip | (PAGE_SIZE - 1)).wrapping_add(1);
+        let next = key.mode.next_page(key.rip);
         let (second, _) = self.core.fetch_address(next)?;
         key.second = Some(second);
         if let Some(number) = self.blocks.find(key) {
             return Ok(number);
         }
-        self.fetch(second, &mut bytes[first..first + MAX_INSTRUCTION]);
+        let end = allowed.min(first + MAX_INSTRUCTION);
+        self.fetch(second, &mut bytes[first..end]);
         // sixteen bytes decide even an instruction that is too long
-        self.place(key, &bytes[..first + MAX_INSTRUCTION])
+        self.place(key, &bytes[..end])
             .ok_or_else(|| Exception::general_protection(0))
     }
 
@@ -713,14 +787,16 @@ impl Cpu {
     ) -> Result<Option<Place>, Exception> {
         let store = what & meta::STORE != 0;
         let kind = if store { Kind::Write } else { Kind::Read };
-        if !Core::canonical(address.wrapping_add(size.saturating_sub(1))) {
+        if !Core::canonical(address.wrapping_add(size.saturating_sub(1)))
+            || what & meta::WRAPS == 0 && self.core.beyond_flat(address, size)
+        {
             return Err(Exception::general_protection(0));
         }
         self.core.check_alignment(address, size)?;
         let first = size.min(PAGE_SIZE - address % PAGE_SIZE);
         let parts = [
             (address, first),
-            (address.wrapping_add(first), size - first),
+            (self.core.wrap(address.wrapping_add(first)), size - first),
         ];
         let mut direct = None;
         for &(at, length) in parts.iter().filter(|p| p.1 > 0) {

@@ -17,6 +17,7 @@ mod engine;
 mod exception;
 mod hash;
 mod mmu;
+mod segmentation;
 mod signal;
 pub mod state;
 mod system;

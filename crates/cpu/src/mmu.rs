@@ -5,6 +5,8 @@
 //! entry holds two tags, one for loads and one for stores, so that a store to a page that
 //! is clean, read-only or holds translated code leaves the fast path.
 
+mod legacy;
+
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -99,6 +101,11 @@ pub(crate) const fn tlb_number(user: bool, store: bool) -> usize {
     (user as usize) << 1 | store as usize
 }
 
+/// Which of a space's jump caches leads to blocks for the ring, of 64-bit code or not.
+pub(crate) const fn jump_table(user: bool, legacy: bool) -> usize {
+    (legacy as usize) << 1 | user as usize
+}
+
 /// A tag that no address with the given index can match.
 fn invalid_tag(index: usize) -> u64 {
     if index == 0 { PAGE_SIZE } else { 0 }
@@ -143,10 +150,10 @@ impl Filled {
 #[repr(C, align(64))]
 pub(crate) struct AddressSpace {
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; 4],
-    pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; 2],
+    pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; 4],
     info: [[LineInfo; TLB_ENTRIES]; 4],
     tlb_filled: [Filled; 4],
-    jumps_filled: [Filled; 2],
+    jumps_filled: [Filled; 4],
     pcid: Option<u64>,
     last_used: u64,
     /// Large pages that have entries, as `linear >> shift << 6 | shift`: local, global.
@@ -268,7 +275,7 @@ impl AddressSpace {
     /// Drops a page. Returns true when it was part of a large one, which went with it.
     fn flush_page(&mut self, linear: u64) -> bool {
         let page = linear & !(PAGE_SIZE - 1);
-        let many = [21, 30]
+        let many = [21, 22, 30]
             .map(|shift| large_key(linear, shift))
             .iter()
             .any(|key| {
@@ -303,8 +310,8 @@ impl AddressSpace {
     }
 
     /// Where the block for `pc` is, if the jump cache knows.
-    pub(crate) fn jump(&self, user: bool, pc: u64) -> Option<u64> {
-        let entry = self.jumps[usize::from(user)][jump_index(pc)];
+    pub(crate) fn jump(&self, table: usize, pc: u64) -> Option<u64> {
+        let entry = self.jumps[table][jump_index(pc)];
         (entry.pc == pc && entry.code != 0).then_some(entry.code)
     }
 
@@ -317,18 +324,24 @@ impl AddressSpace {
         }
     }
 
-    /// Enters where the block for `pc` is. `last` is the last byte of the block, `global`
-    /// tells that its page is.
-    pub(crate) fn insert_jump(&mut self, user: bool, pc: u64, last: u64, code: u64, global: bool) {
-        if self.jumps_filled[usize::from(user)].crowded() {
+    /// Enters into a jump cache where the block for `pc` is. `first` and `last` are the
+    /// linear addresses of its first and last byte, `global` tells that its page is.
+    pub(crate) fn insert_jump(
+        &mut self,
+        table: usize,
+        entry: JumpEntry,
+        (first, last): (u64, u64),
+        global: bool,
+    ) {
+        if self.jumps_filled[table].crowded() {
             self.flush_jumps();
         }
-        self.jump_pages.insert(pc / PAGE_SIZE);
+        self.jump_pages.insert(first / PAGE_SIZE);
         self.jump_pages.insert(last / PAGE_SIZE);
-        let index = jump_index(pc);
+        let index = jump_index(entry.pc);
         // a line that was global may now be local: it is then on both lists
-        self.jumps_filled[usize::from(user)].note(index, global);
-        self.jumps[usize::from(user)][index] = JumpEntry { pc, code };
+        self.jumps_filled[table].note(index, global);
+        self.jumps[table][index] = entry;
     }
 }
 
@@ -361,6 +374,8 @@ pub(crate) struct Core {
     /// Physical ranges with translated code that were written and must be thrown away
     /// before the next block runs.
     pub(crate) stale: Vec<(u64, u64)>,
+    /// Set where the guest wants what this CPU does not do: says what.
+    pub(crate) fatal: Option<&'static str>,
     spaces: Vec<Box<AddressSpace>>,
     clock: u64,
     /// Numbers of RAM pages that some TLB may hold a store tag for.
@@ -376,6 +391,7 @@ impl Core {
             cpuid: crate::system::cpuid::Table::from_host(tsc_khz, index, 1),
             check_interrupts: true,
             stale: Vec::new(),
+            fatal: None,
             spaces: Vec::new(),
             clock: 0,
             stored: PageSet::default(),
@@ -661,6 +677,11 @@ impl Core {
         Some(unsafe { AtomicU64::from_ptr(pointer) })
     }
 
+    /// SMEP: whether the supervisor is kept from what it wants with a page of ring 3's.
+    fn prevents_supervisor(&self, user_page: bool, kind: Kind, user: bool) -> bool {
+        user_page && !user && kind == Kind::Fetch && self.state.cr4 & cr4::SMEP != 0
+    }
+
     fn walk(&self, linear: u64, kind: Kind, user: bool) -> Result<Mapping, Exception> {
         let state: &State = &self.state;
         if state.cr0 & cr0::PG == 0 {
@@ -670,6 +691,9 @@ impl Core {
                 global: false,
                 writable: true,
             });
+        }
+        if !state.is_long_mode() {
+            return self.walk_legacy(linear, kind, user);
         }
         let nxe = state.efer & efer::NXE != 0;
         let mut code = 0;
@@ -728,9 +752,8 @@ impl Core {
                 let may_write = all & PTE_W != 0 || (!user && state.cr0 & cr0::WP == 0);
                 let denied = (user && all & PTE_U == 0)
                     || (kind == Kind::Write && !may_write)
-                    || (kind == Kind::Fetch
-                        && (no_execute
-                            || (!user && all & PTE_U != 0 && state.cr4 & cr4::SMEP != 0)));
+                    || (kind == Kind::Fetch && no_execute)
+                    || self.prevents_supervisor(all & PTE_U != 0, kind, user);
                 if denied {
                     return Err(fault(pf::P));
                 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::bus::Attention;
 use crate::mmu::AddressSpace;
+use crate::segmentation::Extent;
 
 /// RFLAGS bits (Intel SDM vol. 1 §3.4.3).
 pub mod rflags {
@@ -307,6 +308,8 @@ pub struct State {
     pub(crate) runtime: *mut std::ffi::c_void,
     /// Extended state while it is not loaded.
     pub xsave: XsaveArea,
+    /// Outside of 64-bit mode: what the segment registers allow, by number.
+    pub(crate) extents: [Extent; 6],
     /// See [`BOUNCE_SIZE`].
     pub(crate) bounce: Bounce,
     /// By kind, as the TLBs are; see [`Window`].
@@ -396,6 +399,7 @@ impl State {
             host_fault: HostFault::default(),
             runtime: std::ptr::null_mut(),
             xsave: XsaveArea::INITIAL,
+            extents: [Extent::default(); 6],
             bounce: Bounce([0; BOUNCE_SIZE]),
             windows: [[Window::NONE; WINDOWS]; 4],
             windows_used: [0; 4],

@@ -122,6 +122,43 @@ pub struct Patch {
     pub bytes: [u8; PATCH_SIZE],
 }
 
+/// How wide the code of a case is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Width {
+    /// 64-bit mode.
+    #[default]
+    Bits64,
+    /// Compatibility mode, with a 32-bit code segment.
+    Bits32,
+}
+
+impl Width {
+    /// The width in bits.
+    pub fn bits(self) -> u32 {
+        match self {
+            Self::Bits64 => 64,
+            Self::Bits32 => 32,
+        }
+    }
+
+    /// The bits of a general register that code of this width sees.
+    pub fn mask(self) -> u64 {
+        match self {
+            Self::Bits64 => u64::MAX,
+            Self::Bits32 => u32::MAX.into(),
+        }
+    }
+
+    /// The general and vector registers that code of this width sees.
+    pub fn registers(self) -> usize {
+        match self {
+            Self::Bits64 => 16,
+            Self::Bits32 => 8,
+        }
+    }
+}
+
 /// Everything a machine needs to run one case.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -130,6 +167,8 @@ pub struct Case {
     pub xsave: Xsave,
     /// Integer state at the start.
     pub registers: Registers,
+    /// How the code is to be taken.
+    pub width: Width,
     /// Linear address of the first byte of `code`, in the code pages.
     pub code_address: u64,
     /// How many bytes of `code` count.

@@ -1,4 +1,4 @@
-//! Which instructions are tested: everything that iced-x86 can encode in 64-bit mode, that
+//! Which instructions are tested: everything that iced-x86 can encode for a width of code, that
 //! the guest's CPUID offers and the host has, and whose result depends on nothing but the
 //! state that a case sets up.
 //!
@@ -9,15 +9,39 @@ use std::sync::LazyLock;
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind as Kind};
 
+use crate::case::Width;
+
 /// The testable instructions.
 #[derive(Clone, Debug)]
 pub struct Catalog {
-    /// All of them.
-    codes: Vec<Code>,
-    /// Which they are, by number.
-    member: Vec<bool>,
+    bits64: Codes,
+    bits32: Codes,
     /// The host's kernel punishes locked accesses that straddle cache lines.
     aligns_locks: bool,
+}
+
+/// Those for one width of code.
+#[derive(Clone, Debug)]
+struct Codes {
+    /// All of them.
+    all: Vec<Code>,
+    /// Which they are, by number.
+    member: Vec<bool>,
+}
+
+impl Codes {
+    fn new(width: Width) -> Self {
+        let has_fsgsbase = crate::native::has_fsgsbase();
+        let mut member = vec![false; Code::values().len()];
+        let mut all = Vec::new();
+        for code in Code::values() {
+            if is_testable(code, width, has_fsgsbase) {
+                member[code as usize] = true;
+                all.push(code);
+            }
+        }
+        Self { all, member }
+    }
 }
 
 impl Catalog {
@@ -28,20 +52,11 @@ impl Catalog {
     }
 
     fn for_this_host() -> Self {
-        let has_fsgsbase = crate::native::has_fsgsbase();
-        let mut member = vec![false; iced_x86::Code::values().len()];
-        let mut codes = Vec::new();
-        for code in Code::values() {
-            if is_testable(code, has_fsgsbase) {
-                member[code as usize] = true;
-                codes.push(code);
-            }
-        }
         let aligns_locks = std::fs::read_to_string("/proc/cpuinfo")
             .is_ok_and(|text| text.contains("split_lock_detect"));
         Self {
-            codes,
-            member,
+            bits64: Codes::new(Width::Bits64),
+            bits32: Codes::new(Width::Bits32),
             aligns_locks,
         }
     }
@@ -52,32 +67,58 @@ impl Catalog {
         self.aligns_locks
     }
 
-    /// All testable instructions.
-    pub fn codes(&self) -> &[Code] {
-        &self.codes
+    fn of(&self, width: Width) -> &Codes {
+        match width {
+            Width::Bits64 => &self.bits64,
+            Width::Bits32 => &self.bits32,
+        }
+    }
+
+    /// All testable instructions of a width.
+    pub fn codes(&self, width: Width) -> &[Code] {
+        &self.of(width).all
     }
 
     /// Whether `code` is one of them.
-    pub fn contains(&self, code: Code) -> bool {
-        self.member[code as usize]
+    pub fn contains(&self, width: Width, code: Code) -> bool {
+        self.of(width).member[code as usize]
     }
 }
 
-fn is_testable(code: Code, has_fsgsbase: bool) -> bool {
+/// Whether there is the instruction, and AMD and Intel decode it alike: where they do not,
+/// there is nothing to be right about.
+fn exists(code: Code, width: Width) -> bool {
+    let op_code = code.op_code();
+    match width {
+        Width::Bits64 => {
+            op_code.mode64()
+                && op_code.long_mode()
+                && op_code.intel_decoder64()
+                && op_code.amd_decoder64()
+        }
+        Width::Bits32 => {
+            op_code.mode32()
+                && op_code.compatibility_mode()
+                && op_code.intel_decoder32()
+                && op_code.amd_decoder32()
+        }
+    }
+}
+
+fn is_testable(code: Code, width: Width, has_fsgsbase: bool) -> bool {
     let op_code = code.op_code();
     op_code.is_instruction()
-        && op_code.mode64()
-        && op_code.long_mode()
-        // where AMD and Intel decode differently, there is nothing to be right about
-        && op_code.intel_decoder64()
-        && op_code.amd_decoder64()
+        && exists(code, width)
         && matches!(op_code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         && (code.cpuid_features().iter().all(|&f| is_offered(f, has_fsgsbase))
             // a NOP where CET is off, as it is on both sides; setjmp and longjmp use it
             || matches!(code, Code::Rdsspd_r32 | Code::Rdsspq_r64))
         && !op_code.is_reserved_nop()
         && !is_excluded(code)
-        && op_code.op_kinds().iter().all(|&kind| is_operand_known(kind))
+        && op_code
+            .op_kinds()
+            .iter()
+            .all(|&kind| is_operand_known(kind))
 }
 
 /// The features that the guest's CPUID offers, less those this host lacks.
@@ -175,12 +216,10 @@ fn is_excluded(code: Code) -> bool {
                 Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16
             )
         }
-        Mnemonic::Pop => {
-            matches!(
-                code,
-                Code::Popw_FS | Code::Popq_FS | Code::Popw_GS | Code::Popq_GS
-            )
-        }
+        Mnemonic::Pop => matches!(
+            code.op_code().op0_kind(),
+            Kind::es | Kind::cs | Kind::ss | Kind::ds | Kind::fs | Kind::gs
+        ),
         // the forms with a WAIT in front are two instructions
         _ => code.op_code().fwait(),
     }
@@ -230,8 +269,6 @@ fn is_operand_known(kind: Kind) -> bool {
             | Kind::brdisp_4
             | Kind::br16_1
             | Kind::br16_2
-            | Kind::br32_1
-            | Kind::br32_4
             | Kind::sibmem
             | Kind::tmm_reg
             | Kind::tmm_rm
@@ -247,10 +284,22 @@ mod tests {
     fn the_catalogue_holds_the_plain_instructions_and_none_that_leave_ring_3() {
         let catalog = Catalog::for_this_host();
 
-        assert!(catalog.contains(Code::Add_rm32_r32) && catalog.contains(Code::Fadd_m64fp));
-        assert!(catalog.contains(Code::Retnq) && catalog.contains(Code::Jmp_rm64));
-        assert!(!catalog.contains(Code::Syscall) && !catalog.contains(Code::Iretq));
-        assert!(!catalog.contains(Code::INVALID) && !catalog.contains(Code::Vmcall));
-        assert!(catalog.codes().len() > 1000);
+        assert!(
+            catalog.contains(Width::Bits64, Code::Add_rm32_r32)
+                && catalog.contains(Width::Bits64, Code::Fadd_m64fp)
+        );
+        assert!(
+            catalog.contains(Width::Bits64, Code::Retnq)
+                && catalog.contains(Width::Bits64, Code::Jmp_rm64)
+        );
+        assert!(
+            !catalog.contains(Width::Bits64, Code::Syscall)
+                && !catalog.contains(Width::Bits64, Code::Iretq)
+        );
+        assert!(
+            !catalog.contains(Width::Bits64, Code::INVALID)
+                && !catalog.contains(Width::Bits64, Code::Vmcall)
+        );
+        assert!(catalog.codes(Width::Bits64).len() > 1000);
     }
 }

@@ -16,8 +16,12 @@ use strata_cpu::state::{DescriptorTable, Segment, cr0, cr4, efer, segment};
 use strata_cpu::{Bus, Cpu, Exit, Waker};
 use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
-use crate::case::{Case, End, Outcome, has_error_code};
-use crate::layout::{self, Access, CODE_SELECTOR, FS_BASE, GS_BASE, PAGE, PAGES, STACK_SELECTOR};
+use crate::case::{Case, End, Outcome, Width, has_error_code};
+use crate::layout::{
+    self, Access, CODE_32_SELECTOR, CODE_SELECTOR, FS_BASE, FS_SELECTOR, GS_BASE, GS_SELECTOR,
+    PAGE, PAGES, STACK_SELECTOR,
+};
+use crate::native;
 use crate::pages::{self, Store};
 
 const PAGE_BYTES: usize = PAGE as usize;
@@ -135,7 +139,7 @@ impl Guest {
         state.set_rflags(case.registers.rflags);
         state.xsave.0.copy_from_slice(&case.xsave.0);
         state.cpl = 3;
-        state.segments = ring_3_segments();
+        state.segments = ring_3_segments(case.width);
         state.fs_base = FS_BASE;
         state.gs_base = GS_BASE;
         state.cr2 = 0;
@@ -205,16 +209,31 @@ fn set_mode(cpu: &mut Cpu, cr3: u64) {
     };
 }
 
-fn ring_3_segments() -> [Segment; 6] {
+fn ring_3_segments(width: Width) -> [Segment; 6] {
     let flat = |selector, attributes| Segment {
         base: 0,
         limit: u32::MAX,
         selector,
         attributes,
     };
-    let mut segments = [flat(0, 0xc0f3); 6];
-    segments[segment::CS] = flat(CODE_SELECTOR, 0xa0fb);
-    segments[segment::SS] = flat(STACK_SELECTOR, 0xc0f3);
+    let mut segments = [flat(STACK_SELECTOR, 0xc0f3); 6];
+    segments[segment::CS] = match width {
+        Width::Bits64 => flat(CODE_SELECTOR, 0xa0fb),
+        Width::Bits32 => flat(CODE_32_SELECTOR, 0xc0fb),
+    };
+    for (number, selector, base) in [
+        (segment::FS, FS_SELECTOR, FS_BASE),
+        (segment::GS, GS_SELECTOR, GS_BASE),
+    ] {
+        segments[number] = if native::has_fsgsbase() {
+            Segment {
+                base,
+                ..flat(selector, 0xc0f3)
+            }
+        } else {
+            Segment::default()
+        };
+    }
     segments
 }
 
@@ -297,6 +316,10 @@ fn write_descriptors(memory: &GuestMemory) -> Option<()> {
     put(GDT + u64::from(KERNEL_CODE_SELECTOR), 0x00af_9b00_0000_ffff)?;
     put(GDT + u64::from(STACK_SELECTOR & !7), 0x00cf_f300_0000_ffff)?;
     put(GDT + u64::from(CODE_SELECTOR & !7), 0x00af_fb00_0000_ffff)?;
+    put(
+        GDT + u64::from(CODE_32_SELECTOR & !7),
+        0x00cf_fb00_0000_ffff,
+    )?;
     let tss = SYSTEM_LINEAR + TSS;
     let low = TSS_LIMIT | (tss & 0xff_ffff) << 16 | 0x8b << 40 | (tss >> 24 & 0xff) << 56;
     put(GDT + u64::from(TSS_SELECTOR), low)?;

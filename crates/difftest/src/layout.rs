@@ -51,9 +51,17 @@ pub const FS_BASE: u64 = WRITABLE + 0x380;
 /// Base of GS throughout the tests.
 pub const GS_BASE: u64 = FAR - 0x2000_0000 + 0x40;
 
-/// The selectors of 64-bit Linux in ring 3: CS and SS. The others are null.
+/// FS and GS, flat but for their bases, in the LDT: its first two entries. Where the host
+/// cannot set bases apart from selectors both are null, and 32-bit code cannot use them.
+pub const FS_SELECTOR: u16 = 7;
+/// See [`FS_SELECTOR`].
+pub const GS_SELECTOR: u16 = 15;
+
+/// The selectors of 64-bit Linux in ring 3: CS of 64-bit code.
 pub const CODE_SELECTOR: u16 = 0x33;
-/// See [`CODE_SELECTOR`].
+/// CS of 32-bit code.
+pub const CODE_32_SELECTOR: u16 = 0x23;
+/// SS, DS and ES.
 pub const STACK_SELECTOR: u16 = 0x2b;
 
 /// What may be done with a page in ring 3. Every page may be read.

@@ -3,7 +3,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, Encoder, FastFormatter, Instruction};
 
-use crate::case::{CODE_MAX, Case, PATCH_MAX, PATCH_SIZE, Patch, Registers, Xsave};
+use crate::case::{CODE_MAX, Case, PATCH_MAX, PATCH_SIZE, Patch, Registers, Width, Xsave};
 use crate::layout::{ALIAS, CODE, INT3};
 
 /// What an item is encoded from.
@@ -69,6 +69,8 @@ pub enum Place {
 pub struct Program {
     /// The instructions; INT3 follows the last.
     pub items: Vec<Item>,
+    /// How they are encoded.
+    pub width: Width,
     /// Where the first of them goes.
     pub code_address: u64,
     /// Initial integer state; RIP is set when assembling.
@@ -87,7 +89,9 @@ impl Program {
         let addresses = self.addresses()?;
         let mut code = Vec::with_capacity(CODE_MAX);
         for (item, &address) in self.items.iter().zip(&addresses) {
-            let bytes = encode(item, address, |target| addresses.get(target).copied())?;
+            let bytes = encode(item, self.width, address, |target| {
+                addresses.get(target).copied()
+            })?;
             if address + bytes.len() as u64 > self.code_address + CODE_MAX as u64 - 1 {
                 return None;
             }
@@ -97,6 +101,7 @@ impl Program {
         let mut case = Case {
             xsave: self.xsave,
             registers: self.registers,
+            width: self.width,
             code_address: self.code_address,
             code_length: code.len() as u64,
             code: [INT3; CODE_MAX],
@@ -125,7 +130,7 @@ impl Program {
         for item in &self.items {
             addresses.push(address);
             // no encoding's length depends on where a target is, as long as it is near
-            address += encode(item, address, |_| Some(address + 2))?.len() as u64;
+            address += encode(item, self.width, address, |_| Some(address + 2))?.len() as u64;
         }
         addresses.push(address);
         Some(addresses)
@@ -169,6 +174,7 @@ fn push_patch(case: &mut Case, patch: Patch) -> Option<()> {
 /// The bytes of `item` at `address`.
 pub(crate) fn encode(
     item: &Item,
+    width: Width,
     address: u64,
     resolve: impl Fn(usize) -> Option<u64>,
 ) -> Option<Vec<u8>> {
@@ -179,13 +185,15 @@ pub(crate) fn encode(
     if let Some((reference, target)) = item.target {
         let target = resolve(target)?;
         match reference {
-            Reference::Branch => instruction.set_near_branch64(target),
-            Reference::Immediate => instruction.set_immediate64(target),
+            Reference::Branch if width == Width::Bits64 => instruction.set_near_branch64(target),
+            Reference::Branch => instruction.set_near_branch32(target as u32),
+            Reference::Immediate if width == Width::Bits64 => instruction.set_immediate64(target),
+            Reference::Immediate => instruction.set_immediate32(target as u32),
             Reference::Memory => instruction.set_memory_displacement64(target),
             Reference::Alias => instruction.set_memory_displacement64(target - CODE + ALIAS),
         }
     }
-    let mut encoder = Encoder::try_new(64).ok()?;
+    let mut encoder = Encoder::try_new(width.bits()).ok()?;
     encoder.encode(&instruction, address).ok()?;
     Some(encoder.take_buffer())
 }
@@ -193,9 +201,14 @@ pub(crate) fn encode(
 /// The instructions of a case as the decoder sees them, in order of their addresses.
 pub fn decode(case: &Case) -> Vec<Instruction> {
     let code = &case.code[..(case.code_length as usize).saturating_sub(1)];
-    Decoder::with_ip(64, code, case.code_address, DecoderOptions::NONE)
-        .iter()
-        .collect()
+    Decoder::with_ip(
+        case.width.bits(),
+        code,
+        case.code_address,
+        DecoderOptions::NONE,
+    )
+    .iter()
+    .collect()
 }
 
 /// One line of disassembly.

@@ -155,12 +155,12 @@ pub(super) fn mov_from_cr(core: &mut Core, bus: &dyn Bus, to: Register, from: Re
         _ => return Err(Exception::undefined()),
     };
     require_cpl0(core)?;
-    core.set_gpr(to.full_register(), value);
+    core.set_gpr(to, value);
     Ok(())
 }
 
 pub(super) fn mov_to_cr(core: &mut Core, bus: &dyn Bus, to: Register, from: Register) -> Done {
-    let value = core.gpr(from.full_register());
+    let value = core.gpr(from);
     if !matches!(
         to,
         Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 | Register::CR8
@@ -182,6 +182,7 @@ pub(super) fn mov_to_cr(core: &mut Core, bus: &dyn Bus, to: Register, from: Regi
 
 fn set_cr0(core: &mut Core, value: u64) -> Done {
     let fault = Err(Exception::general_protection(0));
+    let pdptes_valid = core.pdptes_are_valid();
     let state = &mut *core.state;
     let on = |bit| value & bit != 0;
     if value >> 32 != 0 || (on(cr0::PG) && !on(cr0::PE)) || (on(cr0::NW) && !on(cr0::CD)) {
@@ -189,7 +190,7 @@ fn set_cr0(core: &mut Core, value: u64) -> Done {
     }
     let was_on = state.cr0 & cr0::PG != 0;
     let long_code = state.segments[index::CS].attributes & 0x2000 != 0;
-    if was_on && !on(cr0::PG) && (long_code || state.cr4 & cr4::PCIDE != 0) {
+    if was_on && !on(cr0::PG) && (state.is_long_code() || state.cr4 & cr4::PCIDE != 0) {
         return fault;
     }
     if !was_on && on(cr0::PG) && state.efer & efer::LME != 0 {
@@ -197,12 +198,17 @@ fn set_cr0(core: &mut Core, value: u64) -> Done {
             return fault;
         }
         state.efer |= efer::LMA;
+    } else if !was_on && on(cr0::PG) && state.cr4 & cr4::PAE != 0 && !pdptes_valid {
+        return fault;
     } else if was_on && !on(cr0::PG) {
         state.efer &= !efer::LMA;
     }
     let new = value & CR0_BITS | cr0::ET;
     let changed = new ^ state.cr0;
     state.cr0 = new;
+    if changed & cr0::PE != 0 {
+        state.cpl = 0;
+    }
     if changed & (cr0::PG | cr0::WP | cr0::PE) != 0 {
         core.flush_all();
     }
@@ -216,7 +222,14 @@ fn set_cr3(core: &mut Core, value: u64) -> Done {
     if value >> PHYSICAL_BITS != 0 {
         return Err(Exception::general_protection(0));
     }
-    core.state.cr3 = value;
+    let old = std::mem::replace(&mut core.state.cr3, value);
+    let pae = core.state.cr0 & cr0::PG != 0
+        && core.state.cr4 & cr4::PAE != 0
+        && !core.state.is_long_mode();
+    if pae && !core.pdptes_are_valid() {
+        core.state.cr3 = old;
+        return Err(Exception::general_protection(0));
+    }
     core.select_space(keep);
     Ok(())
 }
@@ -275,13 +288,13 @@ fn debug_index(core: &mut Core, register: Register) -> Result<usize, Exception> 
 pub(super) fn mov_from_dr(core: &mut Core, to: Register, from: Register) -> Done {
     let at = debug_index(core, from)?;
     let value = core.state.dr[at];
-    core.set_gpr(to.full_register(), value);
+    core.set_gpr(to, value);
     Ok(())
 }
 
 pub(super) fn mov_to_dr(core: &mut Core, to: Register, from: Register) -> Done {
     let at = debug_index(core, to)?;
-    let value = core.gpr(from.full_register());
+    let value = core.gpr(from);
     if at >= 4 && value >> 32 != 0 {
         return Err(Exception::general_protection(0));
     }

@@ -4,8 +4,8 @@
 //! Called by the engine between instructions and by INT n. An event that cannot be
 //! delivered leaves the state as it was, but for CR2.
 
-use super::Flow;
 use super::segment::{self, Descriptor};
+use super::{Flow, deliver_legacy, real};
 use crate::bus::Bus;
 use crate::exception::{Exception, vector};
 use crate::mmu::{Core, Privilege};
@@ -22,15 +22,15 @@ pub(super) const DR7_GD: u64 = 1 << 13;
 
 /// Something to deliver.
 #[derive(Clone, Copy, Debug)]
-struct Event {
-    vector: u8,
-    error_code: Option<u32>,
+pub(super) struct Event {
+    pub(super) vector: u8,
+    pub(super) error_code: Option<u32>,
     /// RIP to push.
-    rip: u64,
+    pub(super) rip: u64,
     /// INT n, INT3: the gate's DPL counts and the EXT bit does not.
-    software: bool,
+    pub(super) software: bool,
     /// Push RF set: the instruction is to be restarted.
-    resume: bool,
+    pub(super) resume: bool,
 }
 
 /// A 64-bit gate of the IDT.
@@ -84,6 +84,9 @@ fn deliver(core: &mut Core, bus: &dyn Bus, mut event: Event) -> Result<(), Tripl
         let Err(next) = enter(core, bus, &event) else {
             return Ok(());
         };
+        if core.fatal.is_some() {
+            return Err(TripleFault);
+        }
         if let Some(address) = next.address {
             core.state.cr2 = address;
         }
@@ -159,6 +162,7 @@ pub(super) fn software_interrupt(
         software: true,
         resume: false,
     };
+    real::require_iopl(core).or_else(|e| if vector == 3 { Ok(()) } else { Err(e) })?;
     enter(core, bus, &event)?;
     Ok(Flow::Jump)
 }
@@ -258,8 +262,7 @@ fn find_entry(core: &mut Core, bus: &dyn Bus, gate: &Gate, ext: u32) -> Result<E
 fn enter(core: &mut Core, bus: &dyn Bus, event: &Event) -> Result<(), Exception> {
     let ext = u32::from(!event.software);
     if core.state.efer & efer::LMA == 0 {
-        // legacy and compatibility mode are not run; ends as a triple fault
-        return Err(Exception::general_protection(ext));
+        return deliver_legacy::enter(core, bus, event);
     }
     let gate = read_gate(core, bus, event, ext)?;
     let entry = find_entry(core, bus, &gate, ext)?;

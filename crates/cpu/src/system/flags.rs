@@ -2,12 +2,12 @@
 
 use iced_x86::Instruction;
 
-use super::Done;
 use super::memory::stack_operand_size;
+use super::{Done, real};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::Core;
-use crate::state::{gpr, rflags};
+use crate::state::rflags;
 
 /// The flags that POPF and IRET may set at any privilege level.
 pub(super) const FREE: u64 =
@@ -60,16 +60,18 @@ pub(super) fn sti(core: &mut Core) -> Done {
 }
 
 pub(super) fn pushf(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    real::require_iopl(core)?;
     let image = core.state.rflags() & !(rflags::VM | rflags::RF);
     let size = stack_operand_size(instr, 1);
     core.push_values(bus, &image.to_le_bytes()[..size], size)
 }
 
 pub(super) fn popf(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    real::require_iopl(core)?;
     let size = stack_operand_size(instr, 1);
     let value = core.peek(bus, 0, size)?;
     let width = if size == 2 { 0xffff } else { u64::MAX };
-    core.state.gpr[gpr::RSP] = core.state.gpr[gpr::RSP].wrapping_add(size as u64);
+    core.drop_stack(size as u64);
     let mask = changeable(core) & width;
     set(core, value, mask);
     Ok(())

@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 
 use iced_x86::{CpuidFeature, Instruction, Mnemonic};
 
-use super::Done;
 use super::memory::Address;
+use super::{Done, fpu_env};
 use crate::bus::Bus;
 use crate::exception::{Exception, vector};
 use crate::mmu::Core;
@@ -126,6 +126,7 @@ impl State {
     /// Loads the x87 part of a legacy image.
     fn load_x87(&mut self, image: &[u8; XMM_END]) {
         self.xsave.0[..6].copy_from_slice(&image[..6]);
+        fpu_env::settle_control(self);
         self.xsave.0[6..MXCSR_OFFSET].fill(0);
         self.xsave.0[X87_REGISTERS..XMM_REGISTERS]
             .copy_from_slice(&image[X87_REGISTERS..XMM_REGISTERS]);
@@ -235,6 +236,16 @@ pub(super) fn require_x87(core: &Core) -> Done {
     }
 }
 
+/// Behind the last XMM register in an FXSAVE image that the running code sees: outside of
+/// 64-bit mode it sees eight.
+fn xmm_end(core: &Core) -> usize {
+    if core.state.is_long_code() {
+        XMM_END
+    } else {
+        XMM_REGISTERS + 8 * 16
+    }
+}
+
 fn aligned(core: &Core, instr: &Instruction, alignment: u64) -> Result<Address, Exception> {
     // AMD asks for four bytes' alignment here, and lets that #AC go before this #GP
     let address = Address::of(core, instr).aligned(core, 4)?;
@@ -249,7 +260,7 @@ pub(super) fn fxsave(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
     let address = aligned(core, instr, 16)?;
     address.probe_write(core, 512)?;
     let image = core.state.legacy_image();
-    address.write(core, bus, &image)
+    address.write(core, bus, &image[..xmm_end(core)])
 }
 
 pub(super) fn fxrstor(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
@@ -259,11 +270,12 @@ pub(super) fn fxrstor(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Do
     let mut image = [0; XMM_END];
     image.copy_from_slice(&whole[..XMM_END]);
     let mxcsr = checked_mxcsr(&image)?;
+    let end = xmm_end(core);
     let state = &mut *core.state;
     state.materialize(X87 | SSE);
     state.load_x87(&image);
     state.set_mxcsr(mxcsr);
-    state.xsave.0[XMM_REGISTERS..XMM_END].copy_from_slice(&image[XMM_REGISTERS..]);
+    state.xsave.0[XMM_REGISTERS..end].copy_from_slice(&image[XMM_REGISTERS..end]);
     Ok(())
 }
 
@@ -310,6 +322,7 @@ pub(super) fn xsave(core: &mut Core, bus: &dyn Bus, instr: &Instruction, form: F
     } else {
         rfbm & in_use
     };
+    let xmm_end = xmm_end(core);
     let mut put = |from: usize, bytes: &[u8]| address.plus(from as u64).write(core, bus, bytes);
     if written & X87 != 0 {
         put(0, &image[..MXCSR_OFFSET])?;
@@ -325,14 +338,14 @@ pub(super) fn xsave(core: &mut Core, bus: &dyn Bus, instr: &Instruction, form: F
         put(MXCSR_OFFSET, &image[MXCSR_OFFSET..X87_REGISTERS])?;
     }
     if written & SSE != 0 {
-        put(XMM_REGISTERS, &image[XMM_REGISTERS..])?;
+        put(XMM_REGISTERS, &image[XMM_REGISTERS..xmm_end])?;
     }
     if written & AVX != 0 {
         let mut high = [0; XSAVE_SIZE - XSAVE_AVX_OFFSET];
         high.copy_from_slice(&core.state.xsave.0[XSAVE_AVX_OFFSET..]);
         address
             .plus(XSAVE_AVX_OFFSET as u64)
-            .write(core, bus, &high)?;
+            .write(core, bus, &high[..xmm_end - XMM_REGISTERS])?;
     }
     let bv = old & !rfbm | rfbm & in_use;
     header.write(core, bus, &bv.to_le_bytes())?;
@@ -396,24 +409,36 @@ pub(super) fn xrstor(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
         core.state.mxcsr()
     };
 
+    let end = xmm_end(core);
+    let vectors = end - XMM_REGISTERS;
     let state = &mut *core.state;
     state.materialize(0);
     state.set_mxcsr(mxcsr);
-    for component in [X87, SSE, AVX] {
-        if rfbm & !bv & component != 0 {
-            state.initialize(component);
-        }
+    if rfbm & !bv & X87 != 0 {
+        state.initialize(X87);
+    }
+    if rfbm & !bv & SSE != 0 {
+        state.xsave.0[XMM_REGISTERS..end].fill(0);
+    }
+    if rfbm & !bv & AVX != 0 {
+        state.xsave.0[XSAVE_AVX_OFFSET..][..vectors].fill(0);
     }
     if loaded & X87 != 0 {
         state.load_x87(&image);
     }
     if loaded & SSE != 0 {
-        state.xsave.0[XMM_REGISTERS..XMM_END].copy_from_slice(&image[XMM_REGISTERS..]);
+        state.xsave.0[XMM_REGISTERS..end].copy_from_slice(&image[XMM_REGISTERS..end]);
     }
     if loaded & AVX != 0 {
-        state.xsave.0[XSAVE_AVX_OFFSET..].copy_from_slice(&high);
+        state.xsave.0[XSAVE_AVX_OFFSET..][..vectors].copy_from_slice(&high[..vectors]);
     }
-    let in_use = state.in_use() & !rfbm | loaded;
+    // registers that 32-bit code does not see are as they were
+    let kept = if end == XMM_END {
+        !rfbm
+    } else {
+        !rfbm | SSE | AVX
+    };
+    let in_use = state.in_use() & kept | loaded;
     state.set_in_use(in_use);
     Ok(())
 }

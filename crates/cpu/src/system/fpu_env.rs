@@ -103,14 +103,23 @@ pub(super) fn mmx_slot(state: &mut State, i: usize) -> usize {
     slot(i)
 }
 
+/// Makes the control and status words what loading them makes of them: reserved bits of
+/// FCW read as they must, and FSW's summary follows from its exceptions.
+pub(super) fn settle_control(state: &mut State) {
+    let (fcw, fsw) = (word(state, FCW), word(state, FSW));
+    let pending = fsw & !fcw & 0x3f != 0;
+    // bit 6 of FCW reads as one
+    set_word(state, FCW, fcw & 0x1f3f | 0x40);
+    let summary = if pending { FSW_SUMMARY } else { 0 };
+    set_word(state, FSW, fsw & !FSW_SUMMARY | summary);
+}
+
 fn set_environment(state: &mut State, e: &Environment) {
     state.materialize(X87);
     rotate_to(state, top(e.fsw));
-    let pending = e.fsw & !e.fcw & 0x3f != 0;
-    let fsw = e.fsw & !FSW_SUMMARY | if pending { FSW_SUMMARY } else { 0 };
-    // bit 6 of FCW reads as one
-    set_word(state, FCW, e.fcw & 0x1f3f | 0x40);
-    set_word(state, FSW, fsw);
+    set_word(state, FCW, e.fcw);
+    set_word(state, FSW, e.fsw);
+    settle_control(state);
     state.xsave.0[FTW] = (0..8).fold(0, |bits, i| {
         bits | u8::from(e.tags >> (2 * i) & 3 != 3) << i
     });

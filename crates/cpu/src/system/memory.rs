@@ -1,13 +1,14 @@
 //! Operands: registers, effective addresses, and the typed accesses that system
 //! instructions make. Never bypasses [`Core`]'s checks.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::Done;
+use super::segment::register_index;
 use crate::bus::Bus;
 use crate::exception::{Exception, vector};
 use crate::mmu::{Core, Kind, Privilege};
-use crate::state::gpr;
+use crate::state::{gpr, segment as index};
 
 /// A linear address that an instruction's operand names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +16,9 @@ pub(super) struct Address {
     pub(super) linear: u64,
     /// Relative to the stack segment: what would be #GP(0) is #SS(0).
     pub(super) stack: bool,
+    /// Outside of 64-bit mode: the segment register and the offset, which every access
+    /// checks.
+    segmented: Option<(usize, u32)>,
 }
 
 impl Address {
@@ -23,6 +27,7 @@ impl Address {
         Self {
             linear,
             stack: false,
+            segmented: None,
         }
     }
 
@@ -31,6 +36,25 @@ impl Address {
         Self {
             linear,
             stack: true,
+            segmented: None,
+        }
+    }
+
+    /// An offset in a segment, outside of 64-bit mode.
+    pub(super) fn segmented(core: &Core, number: usize, offset: u32) -> Self {
+        Self {
+            linear: core.linear_of(number, offset.into()),
+            stack: number == index::SS,
+            segmented: Some((number, offset)),
+        }
+    }
+
+    /// A data operand in the segment of a register with the given offset, in any mode.
+    pub(super) fn in_segment(core: &Core, segment: Register, offset: u64) -> Self {
+        if core.state.is_long_code() {
+            Self::data(core.segment_base(segment).wrapping_add(offset))
+        } else {
+            Self::segmented(core, register_index(segment), offset as u32)
         }
     }
 
@@ -57,12 +81,30 @@ impl Address {
         if narrow {
             offset &= 0xffff_ffff;
         }
+        if base.size() == 2
+            || index.size() == 2
+            || (base == Register::None && index == Register::None && instr.memory_displ_size() == 2)
+        {
+            offset &= 0xffff;
+        }
         let segment = instr.memory_segment();
+        if !core.state.is_long_code() {
+            return Self::segmented(core, register_index(segment), offset as u32);
+        }
         let overridden = matches!(segment, Register::FS | Register::GS);
         let on_stack = matches!(base.full_register(), Register::RSP | Register::RBP);
         Self {
             linear: core.segment_base(segment).wrapping_add(offset),
             stack: on_stack && !overridden,
+            segmented: None,
+        }
+    }
+
+    /// The linear address of an access of `length` bytes, which the segment must allow.
+    fn checked(self, core: &Core, length: usize, store: bool) -> Result<u64, Exception> {
+        match self.segmented {
+            None => Ok(self.linear),
+            Some((number, offset)) => core.check_segment(number, offset, length as u64, store),
         }
     }
 
@@ -70,6 +112,9 @@ impl Address {
     pub(super) fn plus(self, bytes: u64) -> Self {
         Self {
             linear: self.linear.wrapping_add(bytes),
+            segmented: self
+                .segmented
+                .map(|(number, offset)| (number, offset.wrapping_add(bytes as u32))),
             ..self
         }
     }
@@ -87,12 +132,14 @@ impl Address {
         core: &mut Core,
         bus: &dyn Bus,
     ) -> Result<[u8; N], Exception> {
-        core.read_bytes(bus, self.linear, Privilege::Current)
+        let linear = self.checked(core, N, false)?;
+        core.read_bytes(bus, linear, Privilege::Current)
             .map_err(|e| self.fault(e))
     }
 
     pub(super) fn read_into(self, core: &mut Core, bus: &dyn Bus, data: &mut [u8]) -> Done {
-        core.read_linear(bus, self.linear, data, Privilege::Current)
+        let linear = self.checked(core, data.len(), false)?;
+        core.read_linear(bus, linear, data, Privilege::Current)
             .map_err(|e| self.fault(e))
     }
 
@@ -117,19 +164,22 @@ impl Address {
     }
 
     pub(super) fn write(self, core: &mut Core, bus: &dyn Bus, data: &[u8]) -> Done {
-        core.write_linear(bus, self.linear, data, Privilege::Current)
+        let linear = self.checked(core, data.len(), true)?;
+        core.write_linear(bus, linear, data, Privilege::Current)
             .map_err(|e| self.fault(e))
     }
 
     /// Checks that `length` bytes could be written.
     pub(super) fn probe_write(self, core: &mut Core, length: u64) -> Done {
-        core.probe_write(self.linear, length, Privilege::Current)
+        let linear = self.checked(core, length as usize, true)?;
+        core.probe_write(linear, length, Privilege::Current)
             .map_err(|e| self.fault(e))
     }
 
     /// Checks that a byte could be read.
     pub(super) fn probe_read(self, core: &mut Core) -> Done {
-        core.target(self.linear, Kind::Read, Privilege::Current)
+        let linear = self.checked(core, 1, false)?;
+        core.target(linear, Kind::Read, Privilege::Current)
             .map(drop)
             .map_err(|e| self.fault(e))
     }
@@ -218,13 +268,47 @@ impl Core {
             .write(self, bus, &(value as u16).to_le_bytes())
     }
 
-    /// Pushes `data`, which is values of `size` bytes, and moves RSP.
+    /// RSP, ESP or SP, as stack operations use it now.
+    pub(super) fn stack_pointer(&self) -> u64 {
+        self.state.gpr[gpr::RSP] & self.stack_mask()
+    }
+
+    /// The bits of RSP that stack operations use and change.
+    pub(super) fn stack_mask(&self) -> u64 {
+        if self.state.is_long_code() {
+            u64::MAX
+        } else if self.state.has_big_stack() {
+            u32::MAX.into()
+        } else {
+            0xffff
+        }
+    }
+
+    /// Sets RSP, ESP or SP.
+    pub(super) fn set_stack_pointer(&mut self, value: u64) {
+        let register = match self.stack_mask() {
+            0xffff => Register::SP,
+            u64::MAX => Register::RSP,
+            _ => Register::ESP,
+        };
+        self.set_gpr(register, value);
+    }
+
+    /// The address of a stack pointer's value, which wraps as wide as the stack is.
+    pub(super) fn stack_at(&self, pointer: u64) -> Address {
+        if self.state.is_long_code() {
+            return Address::stack(pointer);
+        }
+        Address::segmented(self, index::SS, (pointer & self.stack_mask()) as u32)
+    }
+
+    /// Pushes `data`, which is values of `size` bytes, and moves the stack pointer.
     pub(super) fn push_values(&mut self, bus: &dyn Bus, data: &[u8], size: usize) -> Done {
-        let rsp = self.state.gpr[gpr::RSP].wrapping_sub(data.len() as u64);
-        Address::stack(rsp)
+        let pointer = self.stack_pointer().wrapping_sub(data.len() as u64);
+        self.stack_at(pointer)
             .aligned(self, size)?
             .write(self, bus, data)?;
-        self.state.gpr[gpr::RSP] = rsp;
+        self.set_stack_pointer(pointer);
         Ok(())
     }
 
@@ -235,52 +319,76 @@ impl Core {
         index: u64,
         size: usize,
     ) -> Result<u64, Exception> {
-        let rsp = self.state.gpr[gpr::RSP].wrapping_add(index * size as u64);
-        Address::stack(rsp).read_uint(self, bus, size)
+        let pointer = self.stack_pointer().wrapping_add(index * size as u64);
+        self.stack_at(pointer).read_uint(self, bus, size)
+    }
+
+    /// Moves the stack pointer up over what was popped.
+    pub(super) fn drop_stack(&mut self, bytes: u64) {
+        let pointer = self.stack_pointer().wrapping_add(bytes);
+        self.set_stack_pointer(pointer);
     }
 }
 
 /// The operand size of an instruction that works on the stack, from the change it makes to
-/// RSP per value: 2 with prefix 66, else 8.
+/// RSP per value: 2, 4 or 8.
 pub(super) fn stack_operand_size(instr: &Instruction, values: i32) -> usize {
-    if instr.stack_pointer_increment().abs() / values.max(1) == 2 {
-        2
-    } else {
-        8
+    match instr.stack_pointer_increment().abs() / values.max(1) {
+        2 => 2,
+        4 => 4,
+        _ => 8,
     }
 }
 
-/// LEAVE with operand size 16.
-pub(super) fn leave_word(core: &mut Core, bus: &dyn Bus) -> Done {
-    let frame = core.state.gpr[gpr::RBP];
-    let value = Address::stack(frame).read_uint(core, bus, 2)?;
-    core.state.gpr[gpr::RSP] = frame.wrapping_add(2);
-    core.set_gpr(Register::BP, value);
+/// LEAVE in the forms that translated code leaves here.
+pub(super) fn leave(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    let size = stack_operand_size(instr, 1);
+    let size = if instr.code() == Code::Leavew {
+        2
+    } else {
+        size
+    };
+    let frame = core.state.gpr[gpr::RBP] & core.stack_mask();
+    let value = core.stack_at(frame).read_uint(core, bus, size)?;
+    core.set_stack_pointer(frame.wrapping_add(size as u64));
+    core.set_gpr(frame_pointer(size), value);
     Ok(())
+}
+
+/// RBP, EBP or BP.
+fn frame_pointer(size: usize) -> Register {
+    match size {
+        2 => Register::BP,
+        4 => Register::EBP,
+        _ => Register::RBP,
+    }
 }
 
 /// ENTER.
 pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
-    let word = instr.code() == iced_x86::Code::Enterw_imm16_imm8;
-    let size: u64 = if word { 2 } else { 8 };
+    let size: u64 = match instr.code() {
+        Code::Enterw_imm16_imm8 => 2,
+        Code::Enterd_imm16_imm8 => 4,
+        _ => 8,
+    };
     let locals = u64::from(instr.immediate16());
     let level = u64::from(instr.immediate8_2nd() & 31);
-    let rsp = core.state.gpr[gpr::RSP];
+    let pointer = core.stack_pointer();
     let rbp = core.state.gpr[gpr::RBP];
-    let frame = rsp.wrapping_sub(size);
     // each push is done before the next frame pointer is read, which may be the one pushed
-    let mut top = rsp;
+    let mut top = pointer;
     let mut push = |core: &mut Core, value: u64| -> Done {
         top = top.wrapping_sub(size);
-        Address::stack(top).aligned(core, size as usize)?.write(
+        core.stack_at(top).aligned(core, size as usize)?.write(
             core,
             bus,
             &value.to_le_bytes()[..size as usize],
         )
     };
+    let frame = pointer.wrapping_sub(size);
     push(core, rbp)?;
     for outer in 1..level {
-        let at = Address::stack(rbp.wrapping_sub(outer * size));
+        let at = core.stack_at(rbp.wrapping_sub(outer * size));
         let value = at.read_uint(core, bus, size as usize)?;
         push(core, value)?;
     }
@@ -288,11 +396,10 @@ pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done
         push(core, frame)?;
     }
     let last = top.wrapping_sub(locals);
-    Address::stack(last)
+    core.stack_at(last)
         .aligned(core, size as usize)?
         .probe_write(core, 1)?;
-    core.state.gpr[gpr::RSP] = last;
-    let register = if word { Register::BP } else { Register::RBP };
-    core.set_gpr(register, frame);
+    core.set_stack_pointer(last);
+    core.set_gpr(frame_pointer(size as usize), frame);
     Ok(())
 }

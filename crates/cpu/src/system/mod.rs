@@ -13,12 +13,16 @@
 mod control;
 pub(crate) mod cpuid;
 mod deliver;
+mod deliver_legacy;
 mod flags;
 mod fpu;
 mod fpu_env;
+mod gate;
 mod io;
+mod legacy;
 mod memory;
 mod msr;
+mod real;
 mod segment;
 mod string;
 mod syscall;
@@ -101,6 +105,7 @@ pub(crate) fn execute(
         M::Call if transfer::is_far(instr) => transfer::far_call(core, bus, instr),
         M::Retf => transfer::far_return(core, bus, instr),
         M::Hlt => control::hlt(core, instr),
+        M::Into => legacy::into(core, bus, instr),
         _ => sequential(core, bus, instr).map(|()| Flow::Next),
     }
 }
@@ -151,7 +156,7 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Wrfsbase | M::Wrgsbase => syscall::write_base(core, instr),
         M::Push => segment::push(core, bus, instr),
         M::Pop => segment::pop(core, bus, instr),
-        M::Lfs | M::Lgs | M::Lss => segment::load_far_pointer(core, bus, instr),
+        M::Lfs | M::Lgs | M::Lss | M::Lds | M::Les => segment::load_far_pointer(core, bus, instr),
         M::Lgdt | M::Lidt => segment::load_table(core, bus, instr),
         M::Sgdt | M::Sidt => segment::store_table(core, bus, instr),
         M::Lldt => segment::lldt(core, bus, instr),
@@ -161,8 +166,15 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Verr | M::Verw => segment::verify(core, bus, instr),
         M::In => io::input(core, bus, instr),
         M::Out => io::output(core, bus, instr),
+        M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das | M::Salc => {
+            legacy::adjust(core, instr)
+        }
+        M::Bound => legacy::bound(core, bus, instr),
+        M::Arpl => legacy::arpl(core, bus, instr),
+        M::Pusha | M::Pushad => legacy::push_all(core, bus, instr),
+        M::Popa | M::Popad => legacy::pop_all(core, bus, instr),
         M::Enter => memory::enter(core, bus, instr),
-        M::Leave => memory::leave_word(core, bus),
+        M::Leave => memory::leave(core, bus, instr),
         _ => extended(core, bus, instr),
     }
 }

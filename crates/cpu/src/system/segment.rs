@@ -1,17 +1,21 @@
 //! Descriptors, segment registers and descriptor-table registers (Intel SDM vol. 3A §3.4,
 //! §3.5, §5) as 64-bit mode has them.
 
-use iced_x86::{Instruction, Mnemonic, Register};
+use iced_x86::{Code, Instruction, Mnemonic, Register};
 
-use super::Done;
 use super::control::{require_cpl0, require_no_umip};
 use super::memory::{Address, stack_operand_size};
+use super::{Done, real};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::{Core, Privilege};
-use crate::state::{DescriptorTable, Segment, gpr, rflags, segment as index};
+use crate::state::{DescriptorTable, Segment, rflags, segment as index};
 
+const TYPE_TSS_16: u8 = 1;
 const TYPE_LDT: u8 = 2;
+const TYPE_TSS_16_BUSY: u8 = 3;
+const TYPE_CALL_GATE_16: u8 = 4;
+const TYPE_TASK_GATE: u8 = 5;
 const TYPE_TSS_AVAILABLE: u8 = 9;
 const TYPE_TSS_BUSY: u8 = 11;
 const TYPE_CALL_GATE: u8 = 12;
@@ -45,11 +49,11 @@ impl Descriptor {
         (self.raw >> 40) as u8
     }
 
-    fn kind(self) -> u8 {
+    pub(super) fn kind(self) -> u8 {
         self.access() & 0xf
     }
 
-    fn is_system(self) -> bool {
+    pub(super) fn is_system(self) -> bool {
         self.access() & 0x10 == 0
     }
 
@@ -82,11 +86,20 @@ impl Descriptor {
         self.raw >> 53 & 3 == 1
     }
 
+    /// Whether this code segment runs 64-bit code now.
+    pub(super) fn is_long(self, core: &Core) -> bool {
+        core.state.is_long_mode() && self.is_64_bit()
+    }
+
     fn base(self) -> u64 {
         self.raw >> 16 & 0xff_ffff | self.raw >> 32 & 0xff00_0000
     }
 
-    fn limit(self) -> u32 {
+    pub(super) fn raw(self) -> u64 {
+        self.raw
+    }
+
+    pub(super) fn limit(self) -> u32 {
         let limit = (self.raw & 0xffff | self.raw >> 32 & 0xf_0000) as u32;
         if self.raw >> 55 & 1 != 0 {
             limit << 12 | 0xfff
@@ -160,7 +173,11 @@ pub(super) fn read_descriptor(
 }
 
 /// The upper half of a 16-byte system descriptor. `None`: beyond the table's limit.
-fn read_upper(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Option<u64>, Exception> {
+pub(super) fn read_upper(
+    core: &mut Core,
+    bus: &dyn Bus,
+    selector: u16,
+) -> Result<Option<u64>, Exception> {
     let offset = u64::from(selector & !7);
     let Some((base, _)) = table_of(core, selector).filter(|t| offset + 15 <= t.1) else {
         return Ok(None);
@@ -169,17 +186,15 @@ fn read_upper(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Option<u6
         .map(Some)
 }
 
-/// The mode that a far transfer to `code` leads to. Only 64-bit code is run; this is the
-/// one place that says so.
-pub(super) fn require_runnable(code: Descriptor, selector: u16) -> Done {
-    if code.is_64_bit() {
-        Ok(())
-    } else {
-        Err(Exception::general_protection(selector_code(selector)))
+/// Refuses a code segment that is both 64-bit and 32-bit.
+pub(super) fn require_runnable(core: &Core, code: Descriptor, selector: u16) -> Done {
+    if core.state.is_long_mode() && code.raw >> 53 & 3 == 3 {
+        return Err(Exception::general_protection(selector_code(selector)));
     }
+    Ok(())
 }
 
-fn register_index(register: Register) -> usize {
+pub(super) fn register_index(register: Register) -> usize {
     match register {
         Register::ES => index::ES,
         Register::CS => index::CS,
@@ -194,7 +209,7 @@ fn register_index(register: Register) -> usize {
 fn stack_segment(core: &mut Core, bus: &dyn Bus, selector: u16) -> Result<Segment, Exception> {
     let cpl = core.state.cpl;
     if is_null(selector) {
-        if cpl == 3 || (selector & 3) as u8 != cpl {
+        if cpl == 3 || !core.state.is_long_code() || (selector & 3) as u8 != cpl {
             return Err(Exception::general_protection(0));
         }
         return Ok(Segment::null_stack(cpl));
@@ -249,18 +264,24 @@ fn lookup(
 ) -> Result<Segment, Exception> {
     match register {
         Register::CS => Err(Exception::undefined()),
+        _ if core.state.is_real() => Ok(real::segment(core, register_index(register), selector)),
         Register::SS => stack_segment(core, bus, selector),
         _ => data_segment(core, bus, selector),
     }
 }
 
 fn install(core: &mut Core, register: Register, segment: Segment) {
-    match register {
-        Register::FS => core.state.fs_base = segment.base,
-        Register::GS => core.state.gs_base = segment.base,
+    install_number(core, register_index(register), segment);
+}
+
+/// Sets a segment register with its base.
+pub(super) fn install_number(core: &mut Core, number: usize, segment: Segment) {
+    match number {
+        index::FS => core.state.fs_base = segment.base,
+        index::GS => core.state.gs_base = segment.base,
         _ => {}
     }
-    core.state.segments[register_index(register)] = segment;
+    core.state.segments[number] = segment;
 }
 
 /// MOV to a segment register.
@@ -309,15 +330,17 @@ pub(super) fn pop(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let selector = core.peek(bus, 0, size)? as u16;
     let segment = lookup(core, bus, register, selector)?;
     install(core, register, segment);
-    core.state.gpr[gpr::RSP] = core.state.gpr[gpr::RSP].wrapping_add(size as u64);
+    core.drop_stack(size as u64);
     Ok(())
 }
 
-/// LFS, LGS, LSS.
+/// LFS, LGS, LSS, LDS, LES.
 pub(super) fn load_far_pointer(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let segment_register = match instr.mnemonic() {
         Mnemonic::Lfs => Register::FS,
         Mnemonic::Lgs => Register::GS,
+        Mnemonic::Lds => Register::DS,
+        Mnemonic::Les => Register::ES,
         _ => Register::SS,
     };
     let to = instr.op0_register();
@@ -333,11 +356,14 @@ pub(super) fn load_far_pointer(core: &mut Core, bus: &dyn Bus, instr: &Instructi
 /// LGDT, LIDT.
 pub(super) fn load_table(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     require_cpl0(core)?;
-    let image: [u8; 10] = Address::of(core, instr).read(core, bus)?;
-    let raw = image
-        .iter()
-        .rev()
-        .fold(0_u128, |value, byte| value << 8 | u128::from(*byte));
+    let mut image = [0; 16];
+    let size = table_size(core);
+    Address::of(core, instr).read_into(core, bus, &mut image[..size])?;
+    let mut raw = u128::from_le_bytes(image);
+    if matches!(instr.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) {
+        // a base of 24 bits
+        raw &= 0xff_ffff_ffff;
+    }
     let table = DescriptorTable {
         limit: raw as u16,
         base: (raw >> 16) as u64,
@@ -364,11 +390,27 @@ pub(super) fn store_table(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -
     let mut image = [0; 10];
     image[..2].copy_from_slice(&table.limit.to_le_bytes());
     image[2..].copy_from_slice(&table.base.to_le_bytes());
-    Address::of(core, instr).write(core, bus, &image)
+    let size = table_size(core);
+    Address::of(core, instr).write(core, bus, &image[..size])
+}
+
+/// Bytes of a descriptor-table register in memory.
+fn table_size(core: &Core) -> usize {
+    if core.state.is_long_code() { 10 } else { 6 }
+}
+
+/// LLDT, LTR, SLDT, STR, LAR, LSL, VERR, VERW do not exist in real and virtual-8086 mode.
+fn require_protected(core: &Core) -> Done {
+    if core.state.is_real() {
+        Err(Exception::undefined())
+    } else {
+        Ok(())
+    }
 }
 
 /// SLDT, STR.
 pub(super) fn store_selector(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    require_protected(core)?;
     require_no_umip(core)?;
     let register = if instr.mnemonic() == Mnemonic::Sldt {
         core.state.ldtr
@@ -378,20 +420,26 @@ pub(super) fn store_selector(core: &mut Core, bus: &dyn Bus, instr: &Instruction
     core.write_word(bus, instr, u64::from(register.selector))
 }
 
-/// Reads a 16-byte LDT or TSS descriptor for LLDT and LTR.
+/// Reads an LDT or TSS descriptor for LLDT and LTR: 16 bytes in IA-32e mode, else 8.
 fn system_segment(
     core: &mut Core,
     bus: &dyn Bus,
     selector: u16,
-    kind: u8,
+    kinds: &[u8],
 ) -> Result<(Descriptor, Segment), Exception> {
     let bad = Exception::general_protection(selector_code(selector));
     if selector & 4 != 0 {
         return Err(bad);
     }
     let descriptor = read_descriptor(core, bus, selector)?.ok_or(bad)?;
-    if !descriptor.is_system() || descriptor.kind() != kind {
+    if !descriptor.is_system() || !kinds.contains(&descriptor.kind()) {
         return Err(bad);
+    }
+    if !core.state.is_long_mode() {
+        if !descriptor.present() {
+            return Err(Exception::not_present(selector_code(selector)));
+        }
+        return Ok((descriptor, descriptor.segment(selector)));
     }
     let upper = read_upper(core, bus, selector)?.ok_or(bad)?;
     if !descriptor.present() {
@@ -407,6 +455,7 @@ fn system_segment(
 }
 
 pub(super) fn lldt(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    require_protected(core)?;
     require_cpl0(core)?;
     let selector = core.read_operand(bus, instr, 0, 2)? as u16;
     core.state.ldtr = if is_null(selector) {
@@ -415,18 +464,24 @@ pub(super) fn lldt(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done 
             ..Segment::default()
         }
     } else {
-        system_segment(core, bus, selector, TYPE_LDT)?.1
+        system_segment(core, bus, selector, &[TYPE_LDT])?.1
     };
     Ok(())
 }
 
 pub(super) fn ltr(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
+    require_protected(core)?;
     require_cpl0(core)?;
     let selector = core.read_operand(bus, instr, 0, 2)? as u16;
     if is_null(selector) {
         return Err(Exception::general_protection(0));
     }
-    let (descriptor, mut segment) = system_segment(core, bus, selector, TYPE_TSS_AVAILABLE)?;
+    let kinds: &[u8] = if core.state.is_long_mode() {
+        &[TYPE_TSS_AVAILABLE]
+    } else {
+        &[TYPE_TSS_AVAILABLE, TYPE_TSS_16]
+    };
+    let (descriptor, mut segment) = system_segment(core, bus, selector, kinds)?;
     // available to busy
     let access = descriptor.access() | 2;
     core.write_linear(
@@ -454,6 +509,7 @@ fn examined(
     instr: &Instruction,
     operand: u32,
 ) -> Result<Option<(u16, Descriptor)>, Exception> {
+    require_protected(core)?;
     let selector = core.read_operand(bus, instr, operand, 2)? as u16;
     if is_null(selector) {
         return Ok(None);
@@ -469,10 +525,13 @@ fn examined(
 /// LAR, LSL.
 pub(super) fn lar_lsl(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     let lar = instr.mnemonic() == Mnemonic::Lar;
+    let long = core.state.is_long_mode();
     let found = examined(core, bus, instr, 1)?.filter(|(_, d)| {
         let system = match d.kind() {
             TYPE_LDT | TYPE_TSS_AVAILABLE | TYPE_TSS_BUSY => true,
             TYPE_CALL_GATE => lar,
+            TYPE_TSS_16 | TYPE_TSS_16_BUSY => !long,
+            TYPE_CALL_GATE_16 | TYPE_TASK_GATE => lar && !long,
             _ => false,
         };
         !d.is_system() || system

@@ -4,13 +4,14 @@
 //! RSI, RDI and RCX are written after every chunk, so that a fault finds them exact. A
 //! repeated instruction gives back control after [`BUDGET`] bytes, for interrupts.
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
+use super::segment::register_index;
 use super::{Flow, io};
 use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::{Core, Kind, Privilege, Target};
-use crate::state::{State, gpr, rflags};
+use crate::state::{State, gpr, rflags, segment as index};
 
 use strata_memory::PAGE_SIZE;
 
@@ -38,8 +39,10 @@ struct Job {
     size: u64,
     /// The address size: what RSI, RDI and RCX are cut to.
     mask: u64,
-    /// Base of the source segment.
-    base: u64,
+    /// The source segment.
+    source: Register,
+    /// Outside of 64-bit mode: segments have limits, and bases other than FS's and GS's.
+    legacy: bool,
     /// DF is set.
     down: bool,
     repeat: bool,
@@ -81,10 +84,17 @@ fn kind_of(mnemonic: Mnemonic) -> Option<(Operation, u64)> {
     })
 }
 
-/// Whether the instruction addresses memory with ESI or EDI.
-fn is_narrow(instr: &Instruction) -> bool {
-    (0..instr.op_count())
-        .any(|i| matches!(instr.op_kind(i), OpKind::MemorySegESI | OpKind::MemoryESEDI))
+/// What the address size leaves of RSI, RDI and RCX.
+fn address_mask(instr: &Instruction) -> u64 {
+    let uses =
+        |kinds: [OpKind; 2]| (0..instr.op_count()).any(|i| kinds.contains(&instr.op_kind(i)));
+    if uses([OpKind::MemorySegESI, OpKind::MemoryESEDI]) {
+        0xffff_ffff
+    } else if uses([OpKind::MemorySegSI, OpKind::MemoryESDI]) {
+        0xffff
+    } else {
+        u64::MAX
+    }
 }
 
 fn decode(core: &Core, instr: &Instruction) -> Result<Job, Exception> {
@@ -92,12 +102,9 @@ fn decode(core: &Core, instr: &Instruction) -> Result<Job, Exception> {
     Ok(Job {
         operation,
         size,
-        mask: if is_narrow(instr) {
-            0xffff_ffff
-        } else {
-            u64::MAX
-        },
-        base: core.segment_base(instr.memory_segment()),
+        mask: address_mask(instr),
+        source: instr.memory_segment(),
+        legacy: !core.state.is_long_code(),
         down: core.state.system_flags & rflags::DF != 0,
         repeat: instr.has_rep_prefix() || instr.has_repne_prefix(),
         while_equal: !instr.has_repne_prefix(),
@@ -122,11 +129,47 @@ impl Chunk {
 
 impl Job {
     fn source(&self, core: &Core) -> u64 {
-        self.base.wrapping_add(core.state.gpr[gpr::RSI] & self.mask)
+        let offset = core.state.gpr[gpr::RSI] & self.mask;
+        if self.legacy {
+            return core.linear_of(register_index(self.source), offset);
+        }
+        core.segment_base(self.source).wrapping_add(offset)
     }
 
     fn destination(&self, core: &Core) -> u64 {
-        core.state.gpr[gpr::RDI] & self.mask
+        let offset = core.state.gpr[gpr::RDI] & self.mask;
+        if self.legacy {
+            return core.linear_of(index::ES, offset);
+        }
+        offset
+    }
+
+    /// Sets as much of a register as the address size covers.
+    fn set(&self, core: &mut Core, register: usize, value: u64) {
+        let old = core.state.gpr[register];
+        core.state.gpr[register] = if self.mask == 0xffff {
+            old & !0xffff | value & 0xffff
+        } else {
+            value & self.mask
+        };
+    }
+
+    /// Outside of 64-bit mode: checks the next element of each operand.
+    fn check_segments(&self, core: &Core) -> Result<(), Exception> {
+        use Operation as O;
+        if !self.legacy {
+            return Ok(());
+        }
+        let offset = |register: usize| (core.state.gpr[register] & self.mask) as u32;
+        if !matches!(self.operation, O::Store | O::Scan | O::Input) {
+            let number = register_index(self.source);
+            core.check_segment(number, offset(gpr::RSI), self.size, false)?;
+        }
+        if !matches!(self.operation, O::Load | O::Output) {
+            let store = !matches!(self.operation, O::Compare | O::Scan);
+            core.check_segment(index::ES, offset(gpr::RDI), self.size, store)?;
+        }
+        Ok(())
     }
 
     fn advance(&self, core: &mut Core, register: usize, elements: u64) {
@@ -137,7 +180,7 @@ impl Job {
         } else {
             old.wrapping_add(bytes)
         };
-        core.state.gpr[register] = new & self.mask;
+        self.set(core, register, new);
     }
 
     /// How many elements from `linear` on lie within its page. 0: the first does not.
@@ -158,11 +201,20 @@ impl Job {
             return u64::MAX;
         }
         let value = core.state.gpr[register] & self.mask;
-        if self.down {
+        let room = if self.down {
             value / self.size + 1
         } else {
-            (((1 << 32) - value) / self.size).max(1)
+            ((self.mask + 1 - value) / self.size).max(1)
+        };
+        if !self.legacy {
+            return room;
         }
+        let segment = if register == gpr::RSI {
+            register_index(self.source)
+        } else {
+            index::ES
+        };
+        room.min(core.segment_room(segment, value, self.size, self.down))
     }
 
     /// The lowest address of a chunk that begins at `linear`.
@@ -246,6 +298,7 @@ impl Job {
     }
 
     fn chunk(&self, core: &mut Core, bus: &dyn Bus, most: u64) -> Result<Chunk, Exception> {
+        self.check_segments(core)?;
         match self.operation {
             Operation::Move => self.movs(core, bus, most).map(Chunk::of),
             Operation::Store => self.stos(core, bus, most).map(Chunk::of),
@@ -480,7 +533,7 @@ pub(super) fn execute(
         let chunk = job.chunk(core, bus, left.min(budget))?;
         left -= chunk.elements;
         budget -= chunk.elements;
-        core.state.gpr[gpr::RCX] = left;
+        job.set(core, gpr::RCX, left);
         compared = chunk.compared;
         if compared.is_some_and(|(a, b)| !job.goes_on(a, b)) {
             break;

@@ -245,11 +245,14 @@ fn a_far_jump_loads_cs_and_a_far_call_pushes_the_way_back() {
 }
 
 #[test]
-fn a_transfer_to_32_bit_code_is_refused() {
+fn iret_to_32_bit_code_enters_compatibility_mode() {
     let mut m = Machine::new();
     m.stack(&frame(0x5000, USER_CS32, 2, 0x7000, USER_DS));
 
-    assert_eq!(m.run(IRETQ), gp(u32::from(USER_CS32 & !3)));
+    assert_eq!(m.run(IRETQ), Ok(Flow::Jump));
+    assert!(m.core.state.is_long_mode() && !m.core.state.is_long_code());
+    assert_eq!((m.core.state.rip, m.core.state.cpl), (0x5000, 3));
+    assert_eq!(m.core.state.gpr[gpr::RSP], 0x7000);
 }
 
 #[test]

@@ -113,17 +113,14 @@ pub(super) fn masked_bytes(core: &mut Core, bus: &dyn Bus, instr: &Instruction) 
             (core.state.ymm(value), core.state.ymm(mask), 16)
         }
     };
-    let rdi = core.state.gpr[gpr::RDI];
-    let offset = if instr.op0_kind() == OpKind::MemorySegEDI {
-        rdi & 0xffff_ffff
-    } else {
-        rdi
+    let width = match instr.op0_kind() {
+        OpKind::MemorySegEDI => 0xffff_ffff,
+        OpKind::MemorySegDI => 0xffff,
+        _ => u64::MAX,
     };
-    let linear = core
-        .segment_base(instr.memory_segment())
-        .wrapping_add(offset);
+    let offset = core.state.gpr[gpr::RDI] & width;
     // whatever its length, and whatever the mask
-    let address = Address::data(linear).aligned(core, 8)?;
+    let address = Address::in_segment(core, instr.memory_segment(), offset).aligned(core, 8)?;
     let chosen = (0..length).filter(|i| masked_in(&mask, *i, 1));
     for i in chosen.clone() {
         address.plus(i as u64).probe_write(core, 1)?;
@@ -149,10 +146,11 @@ struct Gather {
     /// Bytes an index.
     index_size: usize,
     elements: usize,
-    base: Address,
+    base: u64,
+    stack: bool,
     scale: i64,
     narrow: bool,
-    segment_base: u64,
+    segment: Register,
 }
 
 impl Gather {
@@ -177,18 +175,15 @@ impl Gather {
             size,
             index_size,
             elements: data.min(indexes),
-            base: if on_stack {
-                Address::stack(offset)
-            } else {
-                Address::data(offset)
-            },
+            base: offset,
+            stack: on_stack,
             scale: i64::from(instr.memory_index_scale()),
             narrow: base.is_gpr32() || (base == Register::None && instr.memory_displ_size() == 4),
-            segment_base: core.segment_base(segment),
+            segment,
         }
     }
 
-    fn address(&self, indexes: &Ymm, element: usize) -> Address {
+    fn address(&self, core: &Core, indexes: &Ymm, element: usize) -> Address {
         let bytes = &indexes[element * self.index_size..][..self.index_size];
         let raw = bytes
             .iter()
@@ -201,15 +196,13 @@ impl Gather {
         };
         let mut offset = self
             .base
-            .linear
             .wrapping_add(index.wrapping_mul(self.scale) as u64);
         if self.narrow {
             offset &= 0xffff_ffff;
         }
-        Address {
-            linear: self.segment_base.wrapping_add(offset),
-            ..self.base
-        }
+        let mut address = Address::in_segment(core, self.segment, offset);
+        address.stack |= self.stack;
+        address
     }
 }
 
@@ -240,9 +233,10 @@ pub(super) fn gather(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
             continue;
         }
         let mut element = [0; 8];
-        if let Err(e) = gather
-            .address(&index_values, i)
-            .read_into(core, bus, &mut element[..size])
+        if let Err(e) =
+            gather
+                .address(core, &index_values, i)
+                .read_into(core, bus, &mut element[..size])
         {
             core.state.set_ymm(to, &value);
             core.state.set_ymm(mask, &masks);

@@ -78,6 +78,9 @@ impl Lower<'_> {
 
     /// Makes the effective address in T0 a linear one. The host's flags must be free.
     pub(super) fn add_segment_base(&mut self, instruction: &Instruction) {
+        if let Some(legacy) = self.mode.legacy {
+            return self.legacy_segment(instruction, legacy);
+        }
         match instruction.memory_segment() {
             Register::FS => self.asm.alu_gs(Alu::Add, T0, state_offset!(fs_base)),
             Register::GS => self.asm.alu_gs(Alu::Add, T0, state_offset!(gs_base)),
@@ -87,6 +90,9 @@ impl Lower<'_> {
 
     /// The effective address into T0; flags stay.
     pub(super) fn effective_address(&mut self, instruction: &Instruction, extra: i32) {
+        if self.mode.legacy.is_some() {
+            return self.legacy_effective(instruction, extra);
+        }
         let base = instruction.memory_base();
         let index = instruction.memory_index();
         let displacement = instruction.memory_displacement64();
@@ -119,7 +125,11 @@ impl Lower<'_> {
     }
 
     /// Whether a fault of the memory operand's address is the stack segment's.
-    pub(super) fn stack_segment(instruction: &Instruction) -> u32 {
+    pub(super) fn stack_segment(&self, instruction: &Instruction) -> u32 {
+        if self.mode.legacy.is_some() {
+            let on_stack = instruction.memory_segment() == Register::SS;
+            return if on_stack { meta::STACK } else { 0 };
+        }
         // overrides other than FS and GS are ignored in 64-bit mode
         let on_stack = !matches!(instruction.segment_prefix(), Register::FS | Register::GS)
             && matches!(
@@ -180,6 +190,7 @@ impl Lower<'_> {
 
     fn check(&mut self, place: Place, window: u32, size: u32, what: u32) -> Stub {
         debug_assert!(self.flags == Flags::Ax);
+        let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
         let at = window_offset(self.mode.user, store) + (window * size_of_window()) as i32;
         let direct = place.base != T0;

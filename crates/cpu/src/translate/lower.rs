@@ -12,9 +12,13 @@ use iced_x86::{
 use super::access::{Stub, window_number};
 use super::asm::{Alu, Asm, GUEST_RAX, HOME, RAX, RBX, RCX, RDX, Reg, T0, T1, cc, slot};
 use super::classify::Class;
+use super::legacy::SegmentFault;
 use super::spans::Role;
 use super::thunks::Thunks;
-use crate::mmu::{AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, jump_index};
+use crate::mmu::{
+    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, jump_index, jump_table,
+};
+use crate::segmentation::Legacy;
 use crate::state::{rflags, state_offset};
 
 /// Where the guest's status flags are.
@@ -45,6 +49,43 @@ pub(crate) struct Mode {
     pub(crate) single: bool,
     /// Every access is checked by itself: no spans.
     pub(crate) apart: bool,
+    /// What matters outside of 64-bit mode.
+    pub(crate) legacy: Option<Legacy>,
+}
+
+impl Mode {
+    /// Which jump cache leads to blocks of this mode.
+    pub(crate) fn jumps(&self) -> usize {
+        jump_table(self.user, self.legacy.is_some())
+    }
+
+    /// What stands for a block at `rip` in the jump cache.
+    pub(crate) fn jump_key(&self, rip: u64) -> u64 {
+        self.legacy.map_or(rip, |legacy| legacy.jump_key(rip))
+    }
+
+    /// The linear address of code at `rip`.
+    pub(crate) fn linear(&self, rip: u64) -> u64 {
+        self.legacy.map_or(rip, |legacy| legacy.linear(rip))
+    }
+
+    /// The linear address of the page that follows the one that `rip` lies in.
+    pub(crate) fn next_page(&self, rip: u64) -> u64 {
+        let next = (self.linear(rip) | 0xfff).wrapping_add(1);
+        if self.legacy.is_some() {
+            next & u64::from(u32::MAX)
+        } else {
+            next
+        }
+    }
+
+    /// Bytes of code from `rip` to the end of the code segment.
+    pub(crate) fn code_left(&self, rip: u64) -> usize {
+        self.legacy.map_or(usize::MAX, |legacy| {
+            let left = u64::from(legacy.code_limit).saturating_sub(rip);
+            left as usize + 1
+        })
+    }
 }
 
 /// From here on in the host code, this guest instruction runs.
@@ -87,6 +128,9 @@ pub(crate) mod meta {
     pub(crate) const WAITS: u32 = 1 << 20;
     /// Several accesses that were to share one check.
     pub(crate) const SPAN: u32 = 1 << 21;
+    /// Outside of 64-bit mode: the segment has a base, so the end of the linear addresses
+    /// need not be that of the segment.
+    pub(crate) const WRAPS: u32 = 1 << 22;
     /// Where the number of the window that it went through begins.
     pub(crate) const WINDOW_SHIFT: u32 = 24;
 }
@@ -130,6 +174,9 @@ pub(crate) struct Lower<'a> {
     misses: Vec<(usize, u64)>,
     /// Indirect calls to non-canonical addresses.
     far_faults: Vec<(usize, Instruction)>,
+    pub(super) segment_faults: Vec<SegmentFault>,
+    /// What the address of the next access adds to its word for the slow path.
+    pub(super) wraps: u32,
     entry: usize,
 }
 
@@ -171,6 +218,8 @@ impl<'a> Lower<'a> {
             fpu_check: None,
             misses: Vec::new(),
             far_faults: Vec::new(),
+            segment_faults: Vec::new(),
+            wraps: 0,
             entry: 0,
         }
     }
@@ -213,6 +262,10 @@ impl<'a> Lower<'a> {
         }
         self.in_span = role != Role::Outside;
         match class {
+            Class::Plain if self.mode.legacy.is_some() && clears_vectors(instruction) => {
+                self.legacy_clear_vectors(instruction.mnemonic() == Mnemonic::Vzeroall);
+                false
+            }
             Class::Plain => !self.plain(instruction) && self.system(instruction),
             Class::Nop => false,
             Class::Stack => !self.stack(instruction) && self.system(instruction),
@@ -253,6 +306,15 @@ impl<'a> Lower<'a> {
         self.flags_into_ax();
         let jump = self.asm.jmp_forward();
         self.leave_at(jump, target);
+    }
+
+    /// RIP of the instruction being lowered.
+    pub(super) fn current_ip(&self) -> u64 {
+        self.start.wrapping_add(self.current.into())
+    }
+
+    pub(super) fn thunks(&self) -> &'a Thunks {
+        self.thunks
     }
 
     /// Makes AX hold the flags, so that the host's may be clobbered.
@@ -308,11 +370,11 @@ impl<'a> Lower<'a> {
                 });
                 true
             }
-            Mnemonic::Cli if !self.mode.user => {
+            Mnemonic::Cli if self.is_ring0() => {
                 self.system_flags(Alu::And, !(rflags::IF as i32));
                 true
             }
-            Mnemonic::Sti if !self.mode.user && !self.mode.single => self.sti(instruction),
+            Mnemonic::Sti if self.is_ring0() && !self.mode.single => self.sti(instruction),
             Mnemonic::Swapgs if !self.mode.user => {
                 self.asm.load_gs(T0, state_offset!(gs_base));
                 self.asm.load_gs(T1, state_offset!(kernel_gs_base));
@@ -338,6 +400,11 @@ impl<'a> Lower<'a> {
             }
             _ => false,
         }
+    }
+
+    /// Whether CLI and STI are allowed for certain.
+    fn is_ring0(&self) -> bool {
+        !self.mode.user && self.mode.legacy.is_none_or(|legacy| legacy.ring0)
     }
 
     /// STI with its shadow: the block goes on with the next instruction, and attention is
@@ -425,7 +492,7 @@ impl<'a> Lower<'a> {
     }
 
     /// A jump at `jump` leaves the block for `target`, with the flags in AX.
-    fn leave_at(&mut self, jump: usize, target: u64) {
+    pub(super) fn leave_at(&mut self, jump: usize, target: u64) {
         self.pending.push(PendingExit {
             jump,
             target,
@@ -447,6 +514,9 @@ impl<'a> Lower<'a> {
     }
 
     fn branch(&mut self, instruction: &Instruction) {
+        if let Some(legacy) = self.mode.legacy {
+            return self.legacy_branch(instruction, legacy);
+        }
         let mnemonic = instruction.mnemonic();
         if instruction.is_jcc_short_or_near() {
             self.flags_into_ax();
@@ -537,13 +607,16 @@ impl<'a> Lower<'a> {
     }
 
     /// Goes to the guest address in T0 through the jump cache.
-    fn jump_to_t0(&mut self, instruction: &Instruction) {
+    pub(super) fn jump_to_t0(&mut self, instruction: &Instruction) {
         debug_assert!(self.flags != Flags::Host);
         if self.mode.single {
             // the jump cache leads to blocks of more than one instruction
             let miss = self.asm.jmp_forward();
             self.misses.push((miss, instruction.ip()));
             return;
+        }
+        if let Some(legacy) = self.mode.legacy {
+            self.tag_t0(legacy);
         }
         let a = &mut self.asm;
         let entry = size_of::<JumpEntry>();
@@ -552,7 +625,7 @@ impl<'a> Lower<'a> {
         a.shift(5, T1, JUMP_SHIFT - entry.trailing_zeros() as u8);
         a.and32(T1, ((JUMP_ENTRIES - 1) * entry) as u32);
         a.alu_gs(Alu::Add, T1, state_offset!(space));
-        let entry = jumps_offset(self.mode.user);
+        let entry = jumps_offset(self.mode.jumps());
         a.alu_mem(Alu::Cmp, T0, T1, entry);
         let miss = a.jcc_forward(cc::NE);
         a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
@@ -572,6 +645,9 @@ impl<'a> Lower<'a> {
         }
         for (miss, source) in std::mem::take(&mut self.misses) {
             self.asm.aim(miss);
+            if self.mode.legacy.is_some() {
+                self.untag_t0();
+            }
             self.asm.mov_imm(T1, source);
             self.asm.jmp(self.thunks.branch);
         }
@@ -580,6 +656,7 @@ impl<'a> Lower<'a> {
             self.flags = Flags::Ax;
             self.system(&instruction);
         }
+        self.finish_segment_faults();
         let mut exits = Vec::new();
         for exit in std::mem::take(&mut self.pending) {
             let (mut jump, target) = (exit.jump, exit.target);
@@ -590,7 +667,7 @@ impl<'a> Lower<'a> {
                 self.asm.aim(jump);
             }
             let stub = self.asm.len() as u32;
-            if target >> 12 == self.start >> 12 && !self.mode.single {
+            if self.same_page(target) && !self.mode.single {
                 self.asm.mov_imm(T0, target);
                 self.asm
                     .mov_imm(T1, u64::from(self.first_exit) + exits.len() as u64);
@@ -612,16 +689,33 @@ impl<'a> Lower<'a> {
         }
     }
 
+    /// Whether a branch's target lies in the page that the block begins in.
+    fn same_page(&self, target: u64) -> bool {
+        self.mode.linear(target) >> 12 == self.mode.linear(self.start) >> 12
+    }
+
     /// To another page, whose mapping may change: through the jump cache.
     fn far_exit(&mut self, target: u64) {
         let entry =
-            jumps_offset(self.mode.user) + (jump_index(target) * size_of::<JumpEntry>()) as i32;
+            jumps_offset(self.mode.jumps()) + (jump_index(target) * size_of::<JumpEntry>()) as i32;
         let a = &mut self.asm;
-        a.mov_imm(T0, target);
         if self.mode.single {
+            a.mov_imm(T0, target);
             a.jmp(self.thunks.lookup);
             return;
         }
+        if let Some(legacy) = self.mode.legacy {
+            a.mov_imm(T0, legacy.jump_key(target));
+            a.load_gs(T1, state_offset!(space));
+            a.alu_mem(Alu::Cmp, T0, T1, entry);
+            let miss = a.jcc_forward(cc::NE);
+            a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
+            a.aim(miss);
+            self.untag_t0();
+            self.asm.jmp(self.thunks.lookup);
+            return;
+        }
+        a.mov_imm(T0, target);
         a.load_gs(T1, state_offset!(space));
         a.alu_mem(Alu::Cmp, T0, T1, entry);
         a.jcc(cc::NE, self.thunks.lookup);
@@ -633,17 +727,20 @@ impl<'a> Lower<'a> {
     }
 }
 
-fn jumps_offset(user: bool) -> i32 {
-    let table = if user {
-        size_of::<[JumpEntry; JUMP_ENTRIES]>()
-    } else {
-        0
-    };
+fn jumps_offset(table: usize) -> i32 {
+    let table = table * size_of::<[JumpEntry; JUMP_ENTRIES]>();
     (std::mem::offset_of!(AddressSpace, jumps) + table) as i32
 }
 
+fn clears_vectors(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        Mnemonic::Vzeroupper | Mnemonic::Vzeroall
+    )
+}
+
 /// The number of a condition in opcodes (Intel SDM vol. 2 appendix B).
-fn condition_number(condition: ConditionCode) -> u8 {
+pub(super) fn condition_number(condition: ConditionCode) -> u8 {
     use ConditionCode as C;
     match condition {
         C::o => 0,

@@ -13,6 +13,7 @@ pub(crate) mod asm;
 pub(crate) mod cache;
 pub(crate) mod classify;
 mod generic;
+mod legacy;
 pub(crate) mod lower;
 mod plain;
 mod spans;
@@ -59,10 +60,13 @@ pub(crate) fn translate(
     numbers: &Numbers,
     offered: impl Fn(CpuidFeature) -> bool + Copy,
 ) -> Option<Translated> {
-    let mut decoder = Decoder::with_ip(64, source.bytes, source.start, DecoderOptions::NONE);
+    let bitness = source.mode.legacy.map_or(64, |legacy| legacy.bitness());
+    let mut decoder = Decoder::with_ip(bitness, source.bytes, source.start, DecoderOptions::NONE);
     let mut decoded: Vec<(Instruction, Class)> = Vec::with_capacity(16);
     let mut uses_fpu = false;
     let mut side_exits = 0;
+    // a branch beyond the code segment is for `legacy` to see
+    let limited = source.mode.legacy.is_some_and(|l| l.code_limit != u32::MAX);
     let limit = if source.mode.single {
         1
     } else {
@@ -74,6 +78,11 @@ pub(crate) fn translate(
             break;
         }
         let mut class = classify(&instruction, offered);
+        if bitness != 64
+            && let Some(other) = legacy::classify(&instruction)
+        {
+            class = other;
+        }
         let need = extended_state(&instruction);
         if class == Class::Plain && need != Extended::No {
             if (need as u8) > source.mode.extended {
@@ -85,7 +94,7 @@ pub(crate) fn translate(
         decoded.push((instruction, class));
         let conditional = instruction.is_jcc_short_or_near();
         side_exits += usize::from(conditional);
-        let goes_on = conditional && side_exits <= MAX_SIDE_EXITS;
+        let goes_on = conditional && side_exits <= MAX_SIDE_EXITS && !limited;
         if matches!(class, Class::System | Class::Branch) && !goes_on {
             break;
         }

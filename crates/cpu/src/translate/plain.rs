@@ -257,7 +257,7 @@ impl Lower<'_> {
             OpAccess::NoMemAccess | OpAccess::None => return None,
         };
         let what = what
-            | Self::stack_segment(instruction)
+            | self.stack_segment(instruction)
             | flag(demands_alignment(instruction), meta::ALIGNED)
             | flag(waits_for_x87(instruction), meta::WAITS);
         let size = bytes_accessed(instruction);

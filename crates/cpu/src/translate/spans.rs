@@ -64,7 +64,8 @@ impl Lower<'_> {
     /// Finds the spans of a block: the longest run first come, first served.
     pub(super) fn find_spans(&mut self, block: &[(Instruction, Class)]) -> Vec<Role> {
         let mut roles = vec![Role::Outside; block.len()];
-        if self.mode.single || self.mode.aligned || self.mode.apart {
+        let legacy = self.mode.legacy.is_some();
+        if self.mode.single || self.mode.aligned || self.mode.apart || legacy {
             return roles;
         }
         let mut at = 0;

@@ -12,6 +12,9 @@ use crate::state::{gpr, state_offset};
 impl Lower<'_> {
     /// Lowers a stack operation; false if it has to be emulated after all.
     pub(super) fn stack(&mut self, instruction: &Instruction) -> bool {
+        if let Some(legacy) = self.mode.legacy {
+            return self.legacy_stack(instruction, legacy);
+        }
         match instruction.mnemonic() {
             Mnemonic::Push => self.push(instruction),
             Mnemonic::Pop => self.pop(instruction),
@@ -85,7 +88,7 @@ impl Lower<'_> {
     pub(super) fn load_operand(&mut self, instruction: &Instruction, size: u32) {
         self.release_host_flags();
         self.address(instruction, 0);
-        let what = Self::stack_segment(instruction);
+        let what = self.stack_segment(instruction);
         self.access(window_number(instruction), size, what, |s| {
             s.asm.load_sized(T1, T0, size);
             s.asm.store_gs(state_offset!(temp) + 8, T1);
@@ -125,7 +128,7 @@ impl Lower<'_> {
         });
         let on_rsp = instruction.memory_base().full_register() == Register::RSP;
         self.address(instruction, if on_rsp { size as i32 } else { 0 });
-        let what = meta::STORE | Self::stack_segment(instruction);
+        let what = meta::STORE | self.stack_segment(instruction);
         self.access(window_number(instruction), size, what, |s| {
             s.asm.load_gs(T1, state_offset!(temp) + 8);
             s.asm.store_sized(T0, T1, size);

@@ -29,6 +29,8 @@ pub(crate) enum Leave {
     HostFault = 5,
     /// As `Lookup`, after an indirect branch whose address is in `temp[0]`.
     Branch = 6,
+    /// The instruction at `rip` raises the exception in `temp[0]` with error code 0.
+    Fault = 7,
 }
 
 impl Leave {
@@ -40,6 +42,7 @@ impl Leave {
             3 => Self::Exception,
             5 => Self::HostFault,
             6 => Self::Branch,
+            7 => Self::Fault,
             _ => Self::Attention,
         }
     }
@@ -63,6 +66,7 @@ pub(crate) struct Thunks {
     pub(crate) system: u64,
     pub(crate) attention: u64,
     pub(crate) host_fault: u64,
+    pub(crate) fault: u64,
     pub(crate) fpu_load: u64,
     pub(crate) commit: u64,
     /// Slow path of an access, through the TLB first. Indexed by [`slow_index`].
@@ -168,6 +172,7 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     thunks.branch = out(a, Leave::Branch, true);
     thunks.system = out(a, Leave::System, true);
     thunks.attention = out(a, Leave::Attention, false);
+    thunks.fault = out(a, Leave::Fault, true);
     thunks.host_fault = a.here();
     a.store_gs(state_offset!(status), RAX);
     a.mov_imm(RAX, Leave::HostFault as u64);

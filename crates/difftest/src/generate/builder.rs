@@ -3,7 +3,7 @@
 
 use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, OpAccess, Register};
 
-use crate::case::{Patch, Registers, Xsave};
+use crate::case::{Patch, Registers, Width, Xsave};
 use crate::layout::{CODE, PAGE};
 use crate::program::{Body, Fixup, Item, Place, Program, Reference, encode};
 use crate::rng::Rng;
@@ -24,10 +24,14 @@ pub(super) struct Builder {
 }
 
 impl Builder {
-    pub(super) fn new(registers: Registers, xsave: &Xsave) -> Self {
+    pub(super) fn new(width: Width, mut registers: Registers, xsave: &Xsave) -> Self {
+        for value in &mut registers.gpr {
+            *value &= width.mask();
+        }
         Self {
             program: Program {
                 items: Vec::new(),
+                width,
                 code_address: CODE,
                 registers,
                 xsave: *xsave,
@@ -39,6 +43,32 @@ impl Builder {
             free_vectors: [true; 16],
             info: InstructionInfoFactory::new(),
         }
+    }
+
+    /// How the code is encoded.
+    pub(super) fn width(&self) -> Width {
+        self.program.width
+    }
+
+    /// Register `n` as wide as addresses are by default.
+    pub(super) fn pointer(&self, n: usize) -> Register {
+        match self.width() {
+            Width::Bits64 => gpr64(n),
+            Width::Bits32 => Register::EAX + n as u32,
+        }
+    }
+
+    /// The number of a general register that the code can name.
+    pub(super) fn any_register(&self, rng: &mut Rng) -> usize {
+        rng.index(self.width().registers())
+    }
+
+    fn load_of(&self, n: usize, value: u64) -> Option<Instruction> {
+        match self.width() {
+            Width::Bits64 => Instruction::with2(Code::Mov_r64_imm64, gpr64(n), value),
+            Width::Bits32 => Instruction::with2(Code::Mov_r32_imm32, self.pointer(n), value as u32),
+        }
+        .ok()
     }
 
     pub(super) fn length(&self) -> usize {
@@ -63,6 +93,7 @@ impl Builder {
     /// Sets the initial value of a register that is free.
     pub(super) fn set_initial(&mut self, n: usize, value: u64) {
         debug_assert!(self.free[n]);
+        let value = value & self.width().mask();
         self.program.registers.gpr[n] = value;
         self.known[n] = Some(value);
         self.free[n] = false;
@@ -71,6 +102,7 @@ impl Builder {
     /// Makes register `n` hold `value` from here on: as initial state where it is free, by
     /// an instruction otherwise.
     pub(super) fn make(&mut self, n: usize, value: u64) {
+        let value = value & self.width().mask();
         if self.known[n] == Some(value) {
             self.free[n] = false;
         } else if self.free[n] {
@@ -82,9 +114,9 @@ impl Builder {
 
     /// Makes register `n` hold `value` from here on, by an instruction.
     pub(super) fn load(&mut self, n: usize, value: u64) {
-        if let Ok(load) = Instruction::with2(Code::Mov_r64_imm64, gpr64(n), value) {
+        if let Some(load) = self.load_of(n, value) {
             self.push(load);
-            self.known[n] = Some(value);
+            self.known[n] = Some(value & self.width().mask());
         }
     }
 
@@ -109,7 +141,7 @@ impl Builder {
                 place: Place::Register(n),
             });
             self.free[n] = false;
-        } else if let Ok(load) = Instruction::with2(Code::Mov_r64_imm64, gpr64(n), 0_u64) {
+        } else if let Some(load) = self.load_of(n, 0) {
             self.push(load);
             self.last_target(Reference::Immediate, target);
         }
@@ -170,7 +202,7 @@ impl Builder {
     /// Appends an instruction if it can be encoded, and learns what it does to registers.
     pub(super) fn push(&mut self, instruction: Instruction) -> bool {
         let item = Item::from(instruction);
-        if encode(&item, CODE, |_| Some(CODE)).is_none() {
+        if encode(&item, self.width(), CODE, |_| Some(CODE)).is_none() {
             return false;
         }
         self.program.items.push(item);
@@ -215,9 +247,10 @@ impl Builder {
 
     /// A free register other than RSP and those in `taken`, or None.
     pub(super) fn pick_free(&self, rng: &mut Rng, taken: &[usize]) -> Option<usize> {
-        let start = rng.index(16);
-        (0..16)
-            .map(|i| (start + i) % 16)
+        let count = self.width().registers();
+        let start = rng.index(count);
+        (0..count)
+            .map(|i| (start + i) % count)
             .find(|&n| n != RSP && self.free[n] && !taken.contains(&n))
     }
 

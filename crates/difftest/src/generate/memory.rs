@@ -3,7 +3,8 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::builder::{Builder, RSP, gpr64};
+use super::builder::{Builder, RSP, gpr_number, gpr64};
+use crate::case::Width;
 use crate::layout::{
     self, EDGE, FAR, FS_BASE, GS_BASE, HOLE, PAGE, READ_ONLY, READ_ONLY_TO_WRITABLE, STACK,
     WRITABLE, WRITABLE_TO_READ_ONLY,
@@ -87,6 +88,9 @@ pub(super) fn set_operand(
         }
         _ => linear,
     };
+    if builder.width() == Width::Bits32 {
+        return set_narrow_operand(builder, rng, instruction, offset & 0xffff_ffff);
+    }
     if rng.chance(10) && offset.abs_diff(layout::CODE) < 0x7000_0000 {
         instruction.set_memory_base(Register::RIP);
         instruction.set_memory_displ_size(8);
@@ -103,19 +107,79 @@ pub(super) fn set_operand(
     apply(builder, rng, instruction, offset, &form)
 }
 
+/// As `set_operand`, in 32-bit code: with a 16-bit address where the offset allows it.
+fn set_narrow_operand(
+    builder: &mut Builder,
+    rng: &mut Rng,
+    instruction: &mut Instruction,
+    offset: u64,
+) -> bool {
+    if rng.chance(10) {
+        instruction.set_memory_displ_size(4);
+        instruction.set_memory_displacement64(offset);
+        return true;
+    }
+    if rng.chance(2) || offset <= 0xffff && rng.chance(50) {
+        return set_short_operand(builder, rng, instruction, offset & 0xffff);
+    }
+    let form = pick_form(builder, rng, false);
+    apply(builder, rng, instruction, offset, &form)
+}
+
+/// The forms of 16-bit addresses: a base, an index, and what is missing as displacement.
+fn set_short_operand(
+    builder: &mut Builder,
+    rng: &mut Rng,
+    instruction: &mut Instruction,
+    offset: u64,
+) -> bool {
+    use Register as R;
+    let (base, index) = rng.pick(&[
+        (R::BX, R::SI),
+        (R::BX, R::DI),
+        (R::BP, R::SI),
+        (R::BP, R::DI),
+        (R::SI, R::None),
+        (R::DI, R::None),
+        (R::BP, R::None),
+        (R::BX, R::None),
+    ]);
+    let mut rest = offset;
+    for register in [base, index] {
+        if register == R::None {
+            continue;
+        }
+        let n = gpr_number(register);
+        let Some(value) = builder.known(n) else {
+            return false;
+        };
+        builder.commit(n);
+        rest = rest.wrapping_sub(value);
+    }
+    instruction.set_memory_base(base);
+    instruction.set_memory_index(index);
+    instruction.set_memory_displ_size(2);
+    instruction.set_memory_displacement64(rest & 0xffff);
+    true
+}
+
 fn pick_form(builder: &Builder, rng: &mut Rng, wide: bool) -> Form {
     let base = match rng.below(10) {
         0 => None,
         1 => Some(RSP),
-        2 => Some(rng.index(16)),
-        _ => builder.pick_free(rng, &[]).or_else(|| Some(rng.index(16))),
+        2 => Some(builder.any_register(rng)),
+        _ => builder
+            .pick_free(rng, &[])
+            .or_else(|| Some(builder.any_register(rng))),
     };
     let wants_index = base.is_none() || rng.chance(40);
     let index = wants_index
         .then(|| {
             let taken = [base.unwrap_or(RSP)];
             let free = builder.pick_free(rng, &taken);
-            free.or_else(|| (0..16).find(|&n| n != RSP && !taken.contains(&n)))
+            free.or_else(|| {
+                (0..builder.width().registers()).find(|&n| n != RSP && !taken.contains(&n))
+            })
         })
         .flatten()
         .map(|n| (n, 1 << rng.below(4)));
@@ -246,14 +310,14 @@ pub(super) fn set_vector_operand(
     }
     let Some(base) = builder
         .pick_free(rng, &[])
-        .or(Some(rng.index(16)))
+        .or(Some(builder.any_register(rng)))
         .filter(|&n| n != RSP)
     else {
         return false;
     };
     builder.make(base, linear);
     instruction.set_op_kind(operand, OpKind::Memory);
-    instruction.set_memory_base(gpr64(base));
+    instruction.set_memory_base(builder.pointer(base));
     instruction.set_memory_index(register);
     instruction.set_memory_index_scale(scale as u32);
     true

@@ -15,7 +15,7 @@ pub(crate) mod values;
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl};
 
 use self::builder::Builder;
-use crate::case::Case;
+use crate::case::{Case, Width};
 use crate::catalog::Catalog;
 use crate::program::{Body, Item, Place, Program, Reference, encode};
 use crate::rng::Rng;
@@ -25,12 +25,18 @@ const SEQUENCE_MAX: u64 = 20;
 
 /// Makes the program number `index` of a run.
 pub fn program(catalog: &Catalog, rng: &mut Rng, index: u64) -> (Program, Case) {
+    // every other pair of cases is 32-bit code
+    let width = if index & 2 == 0 {
+        Width::Bits64
+    } else {
+        Width::Bits32
+    };
     for _ in 0..64 {
         let program = if index.is_multiple_of(2) {
-            let codes = catalog.codes();
-            single(rng, codes[(index / 2 % codes.len() as u64) as usize])
+            let codes = catalog.codes(width);
+            single(rng, width, codes[(index / 4 % codes.len() as u64) as usize])
         } else {
-            sequence(catalog, rng)
+            sequence(catalog, rng, width)
         };
         if let Some(program) = program
             && let Some(case) = program.assemble()
@@ -46,17 +52,17 @@ pub fn program(catalog: &Catalog, rng: &mut Rng, index: u64) -> (Program, Case) 
 }
 
 fn nothing(rng: &mut Rng) -> Program {
-    Builder::new(state::registers(rng), &state::extended(rng)).program
+    Builder::new(Width::Bits64, state::registers(rng), &state::extended(rng)).program
 }
 
-fn start(rng: &mut Rng) -> Builder {
-    let mut builder = Builder::new(state::registers(rng), &state::extended(rng));
+fn start(rng: &mut Rng, width: Width) -> Builder {
+    let mut builder = Builder::new(width, state::registers(rng), &state::extended(rng));
     builder.place(rng);
     builder
 }
 
-fn single(rng: &mut Rng, code: Code) -> Option<Program> {
-    let mut builder = start(rng);
+fn single(rng: &mut Rng, width: Width, code: Code) -> Option<Program> {
+    let mut builder = start(rng, width);
     if !operands::append(&mut builder, rng, code) {
         return None;
     }
@@ -64,11 +70,11 @@ fn single(rng: &mut Rng, code: Code) -> Option<Program> {
     Some(complete(builder, rng))
 }
 
-fn sequence(catalog: &Catalog, rng: &mut Rng) -> Option<Program> {
-    let mut builder = start(rng);
+fn sequence(catalog: &Catalog, rng: &mut Rng, width: Width) -> Option<Program> {
+    let mut builder = start(rng, width);
     let length = 2 + rng.below(SEQUENCE_MAX - 1);
     let mut filler = |builder: &mut Builder, rng: &mut Rng| {
-        let code = pick_code(catalog, rng);
+        let code = pick_code(catalog, rng, width);
         if operands::append(builder, rng, code) {
             special::aim(builder, rng);
         }
@@ -84,8 +90,8 @@ fn sequence(catalog: &Catalog, rng: &mut Rng) -> Option<Program> {
 }
 
 /// An instruction for a sequence: of all alike, or of those that programs are made of.
-fn pick_code(catalog: &Catalog, rng: &mut Rng) -> Code {
-    let codes = catalog.codes();
+fn pick_code(catalog: &Catalog, rng: &mut Rng, width: Width) -> Code {
+    let codes = catalog.codes(width);
     for _ in 0..8 {
         let code = rng.pick(codes);
         let op_code = code.op_code();
@@ -93,11 +99,23 @@ fn pick_code(catalog: &Catalog, rng: &mut Rng) -> Code {
         if op_code.is_privileged() && !rng.chance(3) {
             continue;
         }
+        // emulated, so that the flags they leave undefined are not the host's
+        if is_adjustment(code) {
+            continue;
+        }
         if rng.chance(45) || code.encoding() == iced_x86::EncodingKind::Legacy && is_integer(code) {
             return code;
         }
     }
-    Code::Add_rm64_r64
+    Code::Add_rm32_r32
+}
+
+fn is_adjustment(code: Code) -> bool {
+    use iced_x86::Mnemonic as M;
+    matches!(
+        code.mnemonic(),
+        M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das
+    )
 }
 
 fn is_integer(code: Code) -> bool {
@@ -149,17 +167,18 @@ fn spoil(program: &mut Program, rng: &mut Rng) {
     if item.target.is_some() {
         return;
     }
-    let Some(mut bytes) = encode(item, program.code_address, |_| None) else {
+    let Some(mut bytes) = encode(item, program.width, program.code_address, |_| None) else {
         return;
     };
     bytes.insert(0, rng.pick(&PREFIXES));
-    let mut decoder = Decoder::with_ip(64, &bytes, program.code_address, DecoderOptions::NONE);
+    let bits = program.width.bits();
+    let mut decoder = Decoder::with_ip(bits, &bytes, program.code_address, DecoderOptions::NONE);
     let instruction = decoder.decode();
     // AMD cuts near branches to 16 bits by prefix 66, Intel does not
     let mut disputed = bytes[0] == 0x66 && instruction.flow_control() != FlowControl::Next;
     // F3 REX.B 90 is XCHG on CPUs and PAUSE to the decoder
     disputed |= instruction.code() == Code::Pause;
-    let allowed = Catalog::shared().contains(instruction.code()) && !disputed;
+    let allowed = Catalog::shared().contains(program.width, instruction.code()) && !disputed;
     if allowed && instruction.len() == bytes.len() {
         item.body = Body::Raw(bytes);
     }

@@ -4,6 +4,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind as Kind, OpKind, R
 
 use super::builder::{Builder, RSP, gpr_number};
 use super::{memory, values};
+use crate::case::Width;
 use crate::catalog::Catalog;
 use crate::rng::Rng;
 
@@ -112,19 +113,20 @@ fn vector_index(kind: Kind) -> Option<(Class, usize)> {
 }
 
 fn vector_or_general(builder: &Builder, rng: &mut Rng, class: Class) -> Register {
-    let mut n = rng.index(16);
+    let mut n = builder.any_register(rng);
     if n == RSP && !rng.chance(15) {
-        n = rng.index(16);
+        n = builder.any_register(rng);
     }
     // mostly keep what later memory operands can be built on
     let general = !matches!(class, Class::Mmx | Class::Xmm | Class::Ymm);
     if general && builder.is_free(n) && rng.chance(50) {
-        n = rng.index(16);
+        n = builder.any_register(rng);
     }
     let n32 = n as u32;
     match class {
         // AH, CH, DH and BH follow BL; SPL to DIL and R8B to R15B follow those
-        Class::Byte => Register::AL + rng.below(20) as u32,
+        Class::Byte if builder.width() == Width::Bits64 => Register::AL + rng.below(20) as u32,
+        Class::Byte => Register::AL + rng.below(8) as u32,
         Class::Word => Register::AX + n32,
         Class::Double => Register::EAX + n32,
         Class::Quad => Register::RAX + n32,
@@ -164,9 +166,9 @@ fn set_absolute(
 ) -> bool {
     let size = instruction.code().op_code().memory_size().size() as u64;
     instruction.set_op_kind(operand, OpKind::Memory);
-    instruction.set_memory_displ_size(8);
+    instruction.set_memory_displ_size(builder.width().bits() / 8);
     let linear = memory::address(rng, size, builder.program.code_address);
-    instruction.set_memory_displacement64(linear);
+    instruction.set_memory_displacement64(linear & builder.width().mask());
     true
 }
 
@@ -224,7 +226,7 @@ fn set_other(
         set_register(instruction, operand, register);
         return true;
     }
-    if let Some(register) = fixed_register(rng, kind) {
+    if let Some(register) = fixed_register(rng, builder.width(), kind) {
         set_register(instruction, operand, register);
         return true;
     }
@@ -240,16 +242,21 @@ fn set_other(
         instruction.set_near_branch64(crate::layout::CODE);
         return true;
     }
+    if matches!(kind, Kind::br32_1 | Kind::br32_4) {
+        instruction.set_op_kind(operand, OpKind::NearBranch32);
+        instruction.set_near_branch32(crate::layout::CODE as u32);
+        return true;
+    }
     if kind == Kind::seg_rBX_al {
         instruction.set_op_kind(operand, OpKind::Memory);
-        instruction.set_memory_base(Register::RBX);
+        instruction.set_memory_base(builder.pointer(3));
         instruction.set_memory_index(Register::AL);
         return true;
     }
     set_immediate(rng, instruction, operand, kind, immediates)
 }
 
-fn fixed_register(rng: &mut Rng, kind: Kind) -> Option<Register> {
+fn fixed_register(rng: &mut Rng, width: Width, kind: Kind) -> Option<Register> {
     Some(match kind {
         Kind::al => Register::AL,
         Kind::cl => Register::CL,
@@ -266,13 +273,18 @@ fn fixed_register(rng: &mut Rng, kind: Kind) -> Option<Register> {
         Kind::st0 => Register::ST0,
         Kind::sti_opcode => Register::ST0 + rng.below(8) as u32,
         Kind::seg_reg => Register::ES + rng.below(6) as u32,
-        Kind::cr_reg => rng.pick(&[
-            Register::CR0,
-            Register::CR2,
-            Register::CR3,
-            Register::CR4,
-            Register::CR8,
-        ]),
+        // outside of 64-bit mode CR8 needs a LOCK prefix, which only AMD knows
+        Kind::cr_reg => {
+            let all = [
+                Register::CR0,
+                Register::CR2,
+                Register::CR3,
+                Register::CR4,
+                Register::CR8,
+            ];
+            let count = if width == Width::Bits64 { 5 } else { 4 };
+            rng.pick(&all[..count])
+        }
         Kind::dr_reg => Register::DR0 + rng.below(8) as u32,
         _ => return None,
     })
@@ -282,13 +294,17 @@ fn fixed_register(rng: &mut Rng, kind: Kind) -> Option<Register> {
 /// narrow follows from how many items there are, so that both operands get the same.
 fn string_operand(builder: &Builder, _rng: &mut Rng, kind: Kind) -> Option<OpKind> {
     let narrow = builder.length() % 16 == 7;
-    Some(match (kind, narrow) {
-        (Kind::seg_rSI, false) => OpKind::MemorySegRSI,
-        (Kind::seg_rSI, true) => OpKind::MemorySegESI,
-        (Kind::es_rDI, false) => OpKind::MemoryESRDI,
-        (Kind::es_rDI, true) => OpKind::MemoryESEDI,
-        (Kind::seg_rDI, false) => OpKind::MemorySegRDI,
-        (Kind::seg_rDI, true) => OpKind::MemorySegEDI,
+    let long = builder.width() == Width::Bits64;
+    Some(match (kind, long, narrow) {
+        (Kind::seg_rSI, true, false) => OpKind::MemorySegRSI,
+        (Kind::es_rDI, true, false) => OpKind::MemoryESRDI,
+        (Kind::seg_rDI, true, false) => OpKind::MemorySegRDI,
+        (Kind::seg_rSI, false, true) => OpKind::MemorySegSI,
+        (Kind::es_rDI, false, true) => OpKind::MemoryESDI,
+        (Kind::seg_rDI, false, true) => OpKind::MemorySegDI,
+        (Kind::seg_rSI, ..) => OpKind::MemorySegESI,
+        (Kind::es_rDI, ..) => OpKind::MemoryESEDI,
+        (Kind::seg_rDI, ..) => OpKind::MemorySegEDI,
         _ => return None,
     })
 }

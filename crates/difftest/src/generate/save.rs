@@ -6,7 +6,7 @@
 
 use iced_x86::{Code, Instruction, MemoryOperand};
 
-use super::builder::{Builder, gpr64};
+use super::builder::Builder;
 use crate::case::{HEADER_OFFSET, PATCH_SIZE, Patch};
 use crate::layout::{HOLE, IMAGES, IMAGES_SIZE, PAGE, READ_ONLY};
 use crate::rng::Rng;
@@ -90,7 +90,7 @@ fn use_image(builder: &mut Builder, rng: &mut Rng, code: Code, image: u64) {
     builder.make(RDX, 0);
     let base = builder.pick_free(rng, &[RAX, RDX]).unwrap_or(3);
     builder.make(base, image);
-    let operand = MemoryOperand::with_base(gpr64(base));
+    let operand = MemoryOperand::with_base(builder.pointer(base));
     if let Ok(instruction) = Instruction::with1(code, operand) {
         builder.push(instruction);
     }

@@ -5,7 +5,7 @@ use iced_x86::{Code, FlowControl, Instruction, MemoryOperand, Mnemonic, OpKind, 
 
 use super::builder::{Builder, RSP, gpr_number};
 use super::{memory, operands, state, values};
-use crate::case::{PATCH_SIZE, Patch};
+use crate::case::{PATCH_SIZE, Patch, Width};
 use crate::layout::{PAGE, PAGES, STACK, STACK_END};
 use crate::program::{Place, Reference, word_patch};
 use crate::rng::Rng;
@@ -30,11 +30,11 @@ pub(super) fn prepare(builder: &mut Builder, rng: &mut Rng, instruction: &mut In
             builder.make(RDX, high);
         }
         Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne if rng.chance(70) => {
-            let count = rng.pick(&[0, 1, 2, 1 << 32, (1 << 32) + 1]);
+            let count = rng.pick(&[0, 1, 2, 1 << 32, (1 << 32) + 1, 0x1_0001]);
             builder.make(RCX, count);
         }
-        Mnemonic::Jrcxz | Mnemonic::Jecxz if rng.chance(70) => {
-            let count = rng.pick(&[0, 1, 1 << 32]);
+        Mnemonic::Jrcxz | Mnemonic::Jecxz | Mnemonic::Jcxz if rng.chance(70) => {
+            let count = rng.pick(&[0, 1, 1 << 32, 1 << 16]);
             builder.make(RCX, count);
         }
         Mnemonic::Xlatb => {
@@ -49,7 +49,7 @@ pub(super) fn prepare(builder: &mut Builder, rng: &mut Rng, instruction: &mut In
             let frame = state::stack_pointer(rng);
             builder.make(RBP, frame);
         }
-        Mnemonic::Popf | Mnemonic::Popfq => {
+        Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq => {
             let flags = state::popped_flags(rng);
             on_stack(builder, rng, |rsp| Some(word_patch(rsp, flags)));
         }
@@ -203,7 +203,10 @@ pub(super) fn aim(builder: &mut Builder, rng: &mut Rng) {
         matches!(
             instruction.flow_control(),
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch | FlowControl::Call
-        ) && instruction.op0_kind() == OpKind::NearBranch64
+        ) && matches!(
+            instruction.op0_kind(),
+            OpKind::NearBranch64 | OpKind::NearBranch32
+        )
     });
     if is_branch {
         let target = builder.length() + rng.index(4);
@@ -246,11 +249,25 @@ fn close_loop(builder: &mut Builder, rng: &mut Rng, top: usize, count: u64) {
     if builder.known(RCX) != Some(count) {
         return;
     }
+    let long = builder.width() == Width::Bits64;
+    let (looped, dec, branches) = if long {
+        (
+            Code::Loop_rel8_64_RCX,
+            Code::Dec_rm64,
+            [Code::Jne_rel8_64, Code::Jne_rel32_64, Code::Jg_rel32_64],
+        )
+    } else {
+        (
+            Code::Loop_rel8_32_ECX,
+            Code::Dec_r32,
+            [Code::Jne_rel8_32, Code::Jne_rel32_32, Code::Jg_rel32_32],
+        )
+    };
     if rng.chance(40) {
-        builder.push_branch(Code::Loop_rel8_64_RCX, top);
-    } else if let Ok(dec) = Instruction::with1(Code::Dec_rm64, Register::RCX) {
+        builder.push_branch(looped, top);
+    } else if let Ok(dec) = Instruction::with1(dec, builder.pointer(RCX)) {
         builder.push(dec);
-        let code = rng.pick(&[Code::Jne_rel8_64, Code::Jne_rel32_64, Code::Jg_rel32_64]);
+        let code = rng.pick(&branches);
         builder.push_branch(code, top);
     }
     builder.forget_all();
@@ -266,19 +283,25 @@ fn call_and_return(
         let rsp = STACK + 8 * (64 + rng.below(800));
         builder.load(RSP, rsp);
     }
-    builder.push_branch(Code::Call_rel32_64, 0);
+    let long = builder.width() == Width::Bits64;
+    let (call_code, jump_code, return_code) = if long {
+        (Code::Call_rel32_64, Code::Jmp_rel32_64, Code::Retnq)
+    } else {
+        (Code::Call_rel32_32, Code::Jmp_rel32_32, Code::Retnd)
+    };
+    builder.push_branch(call_code, 0);
     let call = builder.length() - 1;
     for _ in 0..rng.below(3) {
         filler(builder, rng);
     }
-    builder.push_branch(Code::Jmp_rel32_64, 0);
+    builder.push_branch(jump_code, 0);
     let jump = builder.length() - 1;
     let body = builder.length();
     builder.aim_at(call, Reference::Branch, body);
     for _ in 0..=rng.below(2) {
         filler(builder, rng);
     }
-    builder.push(Instruction::with(Code::Retnq));
+    builder.push(Instruction::with(return_code));
     let end = builder.length();
     builder.aim_at(jump, Reference::Branch, end);
     builder.forget_all();
@@ -293,11 +316,13 @@ fn self_modification(
 ) {
     // RCX counts; the new instruction writes EBX or EDX, as does the old one
     let new = 0xb8 | rng.pick(&[2, 3]) | (rng.bits() as u32) << 8;
-    let store = Instruction::with2(
-        Code::Mov_rm32_imm32,
-        MemoryOperand::with_base_displ_size(Register::RIP, crate::layout::CODE as i64, 8),
-        new,
-    );
+    let code = crate::layout::CODE;
+    let operand = if builder.width() == Width::Bits64 {
+        MemoryOperand::with_base_displ_size(Register::RIP, code as i64, 8)
+    } else {
+        MemoryOperand::with_displ(code, 4)
+    };
+    let store = Instruction::with2(Code::Mov_rm32_imm32, operand, new);
     let old = Instruction::with2(Code::Mov_r32_imm32, Register::EBX, rng.bits() as u32);
     let (Ok(store), Ok(old)) = (store, old) else {
         return;

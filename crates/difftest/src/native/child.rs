@@ -10,7 +10,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use super::Channel;
-use crate::case::{Case, End, HEADER_OFFSET, Outcome, YMM_OFFSET, has_error_code};
+use crate::case::{Case, End, HEADER_OFFSET, Outcome, Width, YMM_OFFSET, has_error_code};
 use crate::layout::{self, Access, FS_BASE, GS_BASE, PAGE, PAGES};
 use crate::pages::{self, Store};
 
@@ -53,7 +53,8 @@ pub(super) fn step_name(step: c_int) -> &'static str {
         1 => "map the test pages",
         2 => "install its signal handlers",
         3 => "set its FS and GS bases",
-        4 => "lock itself in with seccomp",
+        4 => "make segments for FS and GS",
+        5 => "lock itself in with seccomp",
         _ => "start",
     }
 }
@@ -85,7 +86,10 @@ pub(super) unsafe fn main(channel: *mut Channel, pristine: &[[u8; PAGE_BYTES]]) 
         require(2, install_handlers());
         SERVER.store(&raw mut server, Ordering::Release);
         require(3, set_bases());
-        require(4, lock_in());
+        require(4, !server.has_fsgsbase || set_segments());
+        // 64-bit code does without, 32-bit code cannot
+        asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) layout::STACK_SELECTOR, options(nostack));
+        require(5, lock_in());
         // enters the handler for the first time, which never comes back here
         asm!("ud2", options(noreturn));
     }
@@ -213,6 +217,33 @@ unsafe fn set_bases() -> bool {
         system_call(libc::SYS_arch_prctl, ARCH_SET_GS, GS_BASE, 0, 0) == 0
             && system_call(libc::SYS_arch_prctl, ARCH_SET_FS, FS_BASE, 0, 0) == 0
     }
+}
+
+/// Loads FS and GS from descriptors of their own, and sets their bases again.
+///
+/// # Safety
+/// As for `set_bases`, and the kernel must allow WRFSBASE.
+unsafe fn set_segments() -> bool {
+    // struct user_desc: number, base, limit in pages, flags: 32-bit writable data
+    const FLAT: u32 = 0x51;
+    const WRITE: u64 = 0x11;
+    let described = [(0, FS_BASE), (1, GS_BASE)].iter().all(|&(number, base)| {
+        let description = [number, base as u32, 0xf_ffff, FLAT];
+        let pointer = description.as_ptr() as u64;
+        let size = size_of_val(&description) as u64;
+        // SAFETY: the description outlives the call, which only reads it.
+        unsafe { system_call(libc::SYS_modify_ldt, WRITE, pointer, size, 0) == 0 }
+    });
+    if described {
+        // SAFETY: the caller's promise; the selectors were just described.
+        unsafe {
+            asm!("mov fs, {:x}", in(reg) layout::FS_SELECTOR, options(nostack));
+            asm!("mov gs, {:x}", in(reg) layout::GS_SELECTOR, options(nostack));
+            asm!("wrfsbase {}", in(reg) FS_BASE, options(nostack));
+            asm!("wrgsbase {}", in(reg) GS_BASE, options(nostack));
+        }
+    }
+    described
 }
 
 /// Leaves this process nothing but returning from signals, waiting and exiting, and not
@@ -431,6 +462,7 @@ impl Server {
         }
         registers[libc::REG_RIP as usize] = case.registers.rip as i64;
         registers[libc::REG_EFL as usize] = case.registers.rflags as i64;
+        set_code_selector(registers, case.width);
         let frame = context.uc_mcontext.fpregs.cast::<u8>();
         let source = case.xsave.0.as_ptr();
         // SAFETY: as in `record`; the kernel's own fields behind the legacy image and in
@@ -454,6 +486,16 @@ impl Server {
         }
         self.batch = channel.request.load(Ordering::Acquire);
     }
+}
+
+/// Sets CS, which is the lowest of the four selectors that share a slot of the frame.
+fn set_code_selector(registers: &mut [libc::greg_t; 23], width: Width) {
+    let selector = match width {
+        Width::Bits64 => layout::CODE_SELECTOR,
+        Width::Bits32 => layout::CODE_32_SELECTOR,
+    };
+    let slot = &mut registers[libc::REG_CSGSFS as usize];
+    *slot = *slot & !0xffff | i64::from(selector);
 }
 
 /// Where the general registers are in a signal frame, in encoding order.

@@ -48,6 +48,20 @@ fn x87_and_mmx_give_the_hosts_bits() {
     same_as_on_the_host("x87", &[]);
 }
 
+/// Needs no 32-bit C library, which a host may lack.
+#[test]
+fn a_32_bit_program_gives_what_it_gives_on_the_host() {
+    let options = [
+        "-m32",
+        "-nostdlib",
+        "-ffreestanding",
+        "-fno-pie",
+        "-no-pie",
+        "-fno-stack-protector",
+    ];
+    same_as_on_the_host("compat", &options);
+}
+
 #[test]
 fn avx2_and_fma_give_the_hosts_bits() {
     let there = is_x86_feature_detected!("avx2")

@@ -85,6 +85,7 @@ const SUPERVISOR: Mode = Mode {
     aligned: false,
     single: false,
     apart: false,
+    legacy: None,
 };
 const USER: Mode = Mode {
     user: true,
