@@ -36,7 +36,7 @@ pub(crate) struct Block {
 
 impl Block {
     /// Physical ranges that it covers, within pages.
-    fn ranges(&self) -> [(u64, u64); 2] {
+    pub(crate) fn ranges(&self) -> [(u64, u64); 2] {
         let first = (PAGE_SIZE - self.key.physical % PAGE_SIZE).min(u64::from(self.length));
         [
             (self.key.physical, first),
@@ -180,6 +180,11 @@ impl Blocks {
             .map(|&n| &self.all[n as usize].key)
             .map(|key| key.mode.jump_key(key.rip))
             .collect()
+    }
+
+    /// Numbers of all pages that blocks had bytes in.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = u64> {
+        self.by_page.keys().copied()
     }
 
     /// Whether any live block has bytes in the page.

@@ -35,6 +35,22 @@ pub trait Bus {
     /// The host TSC value at which the local APIC timer fires next, for a halted vCPU to
     /// wait no longer than that.
     fn next_timer(&self) -> Option<u64>;
+    /// Takes a signal that has come, in the order of their coming. Whoever sends one wakes
+    /// the vCPU.
+    fn take_signal(&self) -> Option<Signal> {
+        None
+    }
+}
+
+/// What a local APIC delivers to its CPU beside interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// Nonmaskable interrupt.
+    Nmi,
+    /// Reset to wait for a startup message.
+    Init,
+    /// Start in real mode at this page.
+    Startup(u8),
 }
 
 /// The part of a vCPU that other threads touch: a word that translated code tests at

@@ -10,21 +10,23 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use iced_x86::{Decoder, DecoderOptions, Mnemonic};
-use strata_memory::{CodeWriteListener, GuestMemory, PAGE_SIZE};
+use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Mnemonic};
+use strata_memory::PAGE_SIZE;
 
 use crate::Error;
 use crate::blocks::{Blocks, Key};
 use crate::bus::{Bus, Waker};
+use crate::crew::Crew;
 use crate::exception::{Exception, vector};
 use crate::hash::BuildFast;
 use crate::mmu::{Core, JumpEntry, Kind, Privilege, Target, jump_table};
 use crate::segmentation::Legacy;
 use crate::signal::{self, Window};
+use crate::startup::Startup;
 use crate::state::{BOUNCE_SIZE, State, cr0, cr4, gpr, rflags};
 use crate::system::{self, Flow};
 use crate::translate::asm::Asm;
@@ -62,30 +64,10 @@ pub struct Statistics {
     pub flushes: u64,
 }
 
-/// Device writes into translated code, until the vCPU looks.
-#[derive(Default)]
-struct DeviceWrites(Mutex<Vec<(u64, u64)>>);
-
-struct Listener {
-    writes: Arc<DeviceWrites>,
-    waker: Waker,
-}
-
-impl CodeWriteListener for Listener {
-    fn code_written(&self, address: u64, length: u64) {
-        self.writes
-            .0
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .push((address, length));
-        self.waker.wake();
-    }
-}
-
 /// A software vCPU. It may be made on one thread and run on another, which it belongs to while
 /// [`Cpu::run`] is on it.
 pub struct Cpu {
-    core: Core,
+    pub(crate) core: Core,
     blocks: Blocks,
     cache: CodeCache,
     thunks: Thunks,
@@ -97,13 +79,15 @@ pub struct Cpu {
     raised: Option<Exception>,
     /// The next instruction runs as a block of its own, since it writes its own block.
     alone: bool,
+    /// It does so with all other vCPUs stopped.
+    exclusive: bool,
     /// The next block checks every access by itself, since a span's check failed.
     apart: bool,
     /// The control bits that current jump-cache entries were made under.
     controls: (u64, u64, u64, bool),
+    pub(crate) startup: Startup,
     /// Modes other than those of 64-bit code that blocks were made for, and their tags.
     legacy_modes: HashMap<Mode, u16, BuildFast>,
-    device_writes: Arc<DeviceWrites>,
     statistics: Statistics,
 }
 
@@ -114,12 +98,12 @@ pub struct Cpu {
 unsafe impl Send for Cpu {}
 
 impl Cpu {
-    /// A vCPU with number `index` on `memory`, with the state after reset but in no mode
+    /// The vCPU with number `index` of `crew`, with the state after reset but in no mode
     /// that it could run in: set CR0, CR4, EFER, segments and RIP before running. The
     /// guest is told that the TSC runs at `tsc_khz`.
-    pub fn new(memory: GuestMemory, index: u32, tsc_khz: u32) -> Result<Self, Error> {
+    pub fn new(crew: &Arc<Crew>, index: u32, tsc_khz: u32) -> Result<Self, Error> {
         let mask = host_extended_state()?;
-        let core = Core::new(memory, index, tsc_khz);
+        let core = Core::new(crew, index, tsc_khz);
         let mut cache = CodeCache::new(CACHE_SIZE).map_err(Error::CodeCache)?;
         let mut asm = Asm::new(cache.base());
         let callbacks = Callbacks {
@@ -129,12 +113,6 @@ impl Cpu {
         let thunks = thunks::emit(&mut asm, mask, &callbacks);
         cache.append(&asm.bytes);
         let thunks_end = cache.used();
-        let device_writes = Arc::new(DeviceWrites::default());
-        let waker = Waker(Arc::clone(core.state.block()));
-        core.memory.code().set_listener(Box::new(Listener {
-            writes: Arc::clone(&device_writes),
-            waker,
-        }));
         Ok(Self {
             core,
             blocks: Blocks::default(),
@@ -148,10 +126,11 @@ impl Cpu {
             bus: None,
             raised: None,
             alone: false,
+            exclusive: false,
             apart: false,
             controls: (0, 0, 0, false),
+            startup: Startup::default(),
             legacy_modes: HashMap::default(),
-            device_writes,
             statistics: Statistics::default(),
         })
     }
@@ -188,10 +167,13 @@ impl Cpu {
     }
 
     fn empty_cache(&mut self) {
+        for page in self.blocks.pages() {
+            let cpu = self.core.seat.index();
+            self.core.memory.code().clear_page(cpu, page * PAGE_SIZE);
+        }
         self.blocks.clear(&mut self.cache, self.thunks_end);
         self.legacy_modes.clear();
         self.core.flush_jumps();
-        self.core.memory.code().clear();
         self.statistics.flushes += 1;
     }
 
@@ -211,11 +193,14 @@ impl Cpu {
             thunk: self.thunks.host_fault,
             state: &raw mut *self.core.state,
         }));
+        self.core.resume();
         let exit = loop {
             if let Some(exit) = self.step(stop, bus) {
                 break exit;
             }
         };
+        self.end_access();
+        self.core.seat.rest();
         signal::set_window(None);
         // the guest's x87 state is saved; a pending exception of it must not meet host code
         // SAFETY: FNINIT only resets the x87 state, which Rust code does not use.
@@ -226,19 +211,21 @@ impl Cpu {
 
     /// One round: interrupts, then one entry into translated code and what it led to.
     fn step(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Option<Exit> {
-        let attention = self
-            .core
-            .state
-            .block()
-            .attention
-            .0
-            .swap(0, Ordering::SeqCst);
-        if attention != 0 {
-            self.core.check_interrupts = true;
-            self.take_device_writes();
+        self.end_access();
+        if self.attend() {
+            self.take_signals(bus);
         }
         if stop.load(Ordering::SeqCst) {
             return Some(Exit::Stopped);
+        }
+        if self.startup.is_pending() && self.settle_startup(stop, bus).is_err() {
+            return Some(Exit::TripleFault);
+        }
+        if std::mem::take(&mut self.exclusive) {
+            self.core.begin_exclusive();
+        }
+        if std::mem::take(&mut self.core.all_stale) {
+            self.empty_cache();
         }
         self.drop_stale();
         let shadow = std::mem::take(&mut self.core.state.interrupt_shadow);
@@ -269,11 +256,13 @@ impl Cpu {
             (false, true) => Shape::Apart,
             (false, false) => Shape::Whole,
         };
+        let made = self.statistics.blocks;
         let entry = match self.find_entry(shape) {
             Ok(entry) => entry,
             Err(exception) => return self.deliver(bus, exception),
         };
-        let entry = if shadow || single {
+        // a new block runs once at least, however often others store to its bytes
+        let entry = if shadow || single || made != self.statistics.blocks {
             entry + ATTENTION_CHECK
         } else {
             entry
@@ -348,6 +337,10 @@ impl Cpu {
             Ok(Flow::Next) => self.core.state.rip = instruction.next_ip(),
             Ok(Flow::Jump) => {}
             Ok(Flow::Halt) => self.halt(stop, bus),
+            Ok(Flow::Pause) => {
+                self.core.state.rip = instruction.next_ip();
+                self.core.pause();
+            }
             Ok(Flow::Fatal(reason)) => return Some(Exit::Fatal(reason)),
             Err(_) if self.core.fatal.is_some() => return Some(self.undelivered()),
             Err(exception) => return self.deliver(bus, exception),
@@ -397,9 +390,10 @@ impl Cpu {
         let enabled = self.core.state.rflags() & rflags::IF != 0;
         self.core.state.interrupt_shadow = false;
         loop {
-            let block = self.core.state.block();
-            block.attention.0.swap(0, Ordering::SeqCst);
-            if stop.load(Ordering::SeqCst) {
+            self.attend();
+            self.drop_stale();
+            self.take_signals(bus);
+            if self.wakes() || stop.load(Ordering::SeqCst) {
                 return;
             }
             if enabled && bus.interrupt_pending() {
@@ -411,9 +405,22 @@ impl Cpu {
             } else {
                 None
             };
-            block.attention.wait(wait);
-            self.take_device_writes();
+            self.core.seat.rest();
+            self.core.state.block().attention.wait(wait);
+            self.core.resume();
         }
+    }
+
+    /// Takes the attention word back and sees to what other vCPUs set it for. Returns
+    /// whether it was set.
+    pub(crate) fn attend(&mut self) -> bool {
+        let attention = &self.core.state.block().attention.0;
+        if attention.swap(0, Ordering::SeqCst) == 0 {
+            return false;
+        }
+        self.core.check_interrupts = true;
+        self.core.meet_crew();
+        true
     }
 
     /// Time until the host TSC reaches `at`.
@@ -421,15 +428,6 @@ impl Cpu {
         let cycles = at.saturating_sub(host_tsc());
         let khz = u128::from(self.core.tsc_khz.max(1));
         Duration::from_nanos((u128::from(cycles) * 1_000_000 / khz) as u64)
-    }
-
-    fn take_device_writes(&mut self) {
-        let mut writes = self
-            .device_writes
-            .0
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        self.core.stale.append(&mut writes);
     }
 
     /// Throws away blocks whose bytes were written.
@@ -444,7 +442,8 @@ impl Cpu {
             self.core.forget_jump(pc);
         }
         if !self.blocks.page_in_use(address) {
-            self.core.memory.code().clear_page(address);
+            let cpu = self.core.seat.index();
+            self.core.memory.code().clear_page(cpu, address);
         }
     }
 
@@ -619,6 +618,8 @@ impl Cpu {
         self.cache.append(&[0xcc; 16][..padding]);
         let host = self.cache.base() + self.cache.used() as u64;
         let table = &self.core.cpuid;
+        // whoever spins may be waiting for a vCPU that the host does not run
+        let spins = !self.core.seat.is_single();
         // an instruction that crosses a page is a block of its own
         let crossing = Mode {
             single: true,
@@ -640,26 +641,35 @@ impl Cpu {
             &self.thunks,
             host,
             &self.blocks.next(),
-            |feature| table.offered(feature),
+            |feature| table.offered(feature) && !(spins && feature == CpuidFeature::PAUSE),
         )?;
         let start = self.cache.append(&translated.lowered.code);
         let number = self.blocks.add(*key, translated, start);
         self.statistics.blocks += 1;
-        self.mark_code(number);
+        self.mark_code(number, bytes);
         Some(number)
     }
 
-    fn mark_code(&mut self, number: u32) {
-        let block = &self.blocks.all[number as usize];
-        let length = u64::from(block.length);
-        let first = length.min(PAGE_SIZE - block.key.physical % PAGE_SIZE);
-        let parts = [
-            (block.key.physical, first),
-            (block.key.second.unwrap_or(0), length - first),
-        ];
-        for (address, size) in parts {
-            if size > 0 && self.core.memory.code().mark(address, size) {
-                self.core.revoke_stores(address);
+    /// Has stores to the bytes of a new block noticed. If they are no longer those that it
+    /// was made from, it is thrown away before the next block runs.
+    fn mark_code(&mut self, number: u32, bytes: &[u8]) {
+        let ranges = self.blocks.all[number as usize].ranges();
+        for (address, size) in ranges.into_iter().filter(|r| r.1 > 0) {
+            self.core.mark_code(address, size);
+        }
+        if self.core.seat.is_single() {
+            return;
+        }
+        let mut made_from = bytes;
+        for (address, size) in ranges.into_iter().filter(|r| r.1 > 0) {
+            let mut now = [0; PAGE_SIZE as usize];
+            let now = &mut now[..size as usize];
+            self.fetch(address, now);
+            let (before, rest) = made_from.split_at(size as usize);
+            made_from = rest;
+            if now != before {
+                self.core.stale.push((address, size));
+                self.core.look_up();
             }
         }
     }
@@ -736,10 +746,27 @@ impl Cpu {
             }
             return host;
         }
+        let crosses = address % PAGE_SIZE + size > PAGE_SIZE;
+        if store && what & meta::LOAD != 0 && crosses && !self.core.seat.may_be_atomic() {
+            // it may be atomic: again, with all others stopped
+            self.core.state.rip = rip;
+            self.alone = true;
+            self.exclusive = true;
+            return None;
+        }
         let result = self.settle_access(address, size, what, (!alone).then_some(number));
         let bounced = matches!(result, Ok(Some(Place::Bounced(_))));
-        self.core.state.bounced = u64::from(bounced);
-        self.core.state.commit_length = if bounced && store { size } else { 0 };
+        // a store in place that others wait for ends like one that was bounced
+        let announced = store && !bounced && self.core.seat.is_storing();
+        self.core.state.bounced = u64::from(bounced || announced);
+        self.core.state.commit_length = match (bounced && store, announced) {
+            (true, _) => size,
+            (_, true) => DONE_IN_PLACE,
+            _ => 0,
+        };
+        if !matches!(result, Ok(Some(_))) {
+            self.end_access();
+        }
         match result {
             Ok(Some(Place::Direct(host) | Place::Bounced(host))) => return Some(host),
             Ok(None) => self.alone = true,
@@ -807,9 +834,10 @@ impl Cpu {
                 direct = None;
             }
             if store && direct.is_some() {
+                let told = self.core.stale.len();
                 self.core.store_behind_tag(at, length, Privilege::Current)?;
-                if self.writes_itself(block) {
-                    self.core.stale.clear();
+                if self.writes_itself(block, told) {
+                    self.core.stale.truncate(told);
                     return Ok(None);
                 }
                 self.drop_stale();
@@ -833,12 +861,11 @@ impl Cpu {
         Ok(Some(Place::Bounced(host)))
     }
 
-    /// Whether one of the stale ranges is in the running block.
-    fn writes_itself(&self, block: Option<u32>) -> bool {
+    /// Whether one of the stale ranges after the first `told` is in the running block.
+    fn writes_itself(&self, block: Option<u32>, told: usize) -> bool {
         block.is_some_and(|number| {
             let block = &self.blocks.all[number as usize];
-            self.core
-                .stale
+            self.core.stale[told..]
                 .iter()
                 .any(|&(address, length)| block.overlaps(address, length))
         })
@@ -848,8 +875,22 @@ impl Cpu {
         self.bus.expect("slow paths run inside Cpu::run")
     }
 
+    /// Whatever an access that took the slow path had others do or wait for, it is over.
+    fn end_access(&mut self) {
+        self.core.seat.end_store();
+        self.core.seat.end_exclusive();
+    }
+
     fn commit_store(&mut self) {
-        let length = std::mem::take(&mut self.core.state.commit_length) as usize;
+        let length = std::mem::take(&mut self.core.state.commit_length);
+        if length != DONE_IN_PLACE {
+            self.write_back(length as usize);
+        }
+        self.end_access();
+    }
+
+    /// Does the store that an instruction did to the bounce buffer.
+    fn write_back(&mut self, length: usize) {
         let address = self.core.state.commit_address;
         let offset = (address % 64) as usize;
         let mut data = [0; 512];
@@ -866,6 +907,9 @@ impl Cpu {
         self.drop_stale();
     }
 }
+
+/// As the length of what is to be written back: nothing, the store was done in place.
+const DONE_IN_PLACE: u64 = u64::MAX;
 
 /// What kind of block is to go on with.
 #[derive(Clone, Copy, PartialEq, Eq)]

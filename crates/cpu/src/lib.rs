@@ -8,22 +8,25 @@
 //!     └─► mmu (walk, TLB) ◄──slow path── translated code ──GS──► state
 //! ```
 //!
-//! [`Cpu`] is one vCPU; [`Bus`] is the machine around it. This crate does no I/O of its
+//! [`Cpu`] is one vCPU, [`Crew`] all of a machine; [`Bus`] is the machine around it. This crate does no I/O of its
 //! own, knows of no device and never opens /dev/kvm.
 
 mod blocks;
 mod bus;
+mod crew;
 mod engine;
 mod exception;
 mod hash;
 mod mmu;
 mod segmentation;
 mod signal;
+mod startup;
 pub mod state;
 mod system;
 mod translate;
 
-pub use bus::{Bus, Waker};
+pub use bus::{Bus, Signal, Waker};
+pub use crew::Crew;
 pub use engine::{Cpu, Exit, Statistics};
 pub use exception::{Exception, vector};
 

@@ -8,11 +8,13 @@
 mod legacy;
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use strata_memory::{GuestMemory, PAGE_SIZE};
 
-use crate::bus::Bus;
+use crate::bus::{Bus, Waker};
+use crate::crew::{Crew, Seat};
 use crate::exception::Exception;
 use crate::hash::BuildFast;
 use crate::state::{State, StateRef, Window, cr0, cr4, efer, rflags};
@@ -374,27 +376,31 @@ pub(crate) struct Core {
     /// Physical ranges with translated code that were written and must be thrown away
     /// before the next block runs.
     pub(crate) stale: Vec<(u64, u64)>,
+    /// All translated code must be.
+    pub(crate) all_stale: bool,
+    pub(crate) seat: Seat,
     /// Set where the guest wants what this CPU does not do: says what.
     pub(crate) fatal: Option<&'static str>,
     spaces: Vec<Box<AddressSpace>>,
     clock: u64,
-    /// Numbers of RAM pages that some TLB may hold a store tag for.
-    stored: PageSet,
 }
 
 impl Core {
-    pub(crate) fn new(memory: GuestMemory, index: u32, tsc_khz: u32) -> Self {
+    pub(crate) fn new(crew: &Arc<Crew>, index: u32, tsc_khz: u32) -> Self {
+        let state = StateRef::new();
+        let seat = Seat::new(crew, index, Waker(Arc::clone(state.block())));
         let mut core = Self {
-            state: StateRef::new(),
-            memory,
+            state,
+            memory: crew.memory().clone(),
             tsc_khz,
-            cpuid: crate::system::cpuid::Table::from_host(tsc_khz, index, 1),
+            cpuid: crate::system::cpuid::Table::from_host(tsc_khz, index, crew.cpus()),
             check_interrupts: true,
             stale: Vec::new(),
+            all_stale: false,
+            seat,
             fatal: None,
             spaces: Vec::new(),
             clock: 0,
-            stored: PageSet::default(),
         };
         core.select_space(false);
         core
@@ -529,7 +535,8 @@ impl Core {
 
     /// Makes every store to the RAM page at `physical` take the slow path from now on.
     pub(crate) fn revoke_stores(&mut self, physical: u64) {
-        if !self.stored.remove(&(physical / PAGE_SIZE)) {
+        let cpu = self.seat.index();
+        if !self.memory.code().claims_stores(cpu, physical) {
             return;
         }
         let Some(host) = self.memory.host_ptr(physical & !(PAGE_SIZE - 1), PAGE_SIZE) else {
@@ -545,6 +552,7 @@ impl Core {
                 }
             }
         }
+        self.memory.code().disclaim_stores(cpu, physical);
     }
 
     /// Whether `linear` is canonical for 48-bit addresses.
@@ -616,20 +624,20 @@ impl Core {
     }
 
     /// Whether a store by the current privilege level to the page of `linear`, which was
-    /// just read, needs nothing of the page tables.
+    /// just read, needs nothing of the page tables, and will not before this vCPU has left
+    /// its block.
     pub(crate) fn may_store(&mut self, linear: u64) -> bool {
         let mapping = self.walk(linear, Kind::Read, self.user());
-        mapping.is_ok_and(|m| m.writable && !self.memory.code().page_has_code(m.physical))
+        let cpu = self.seat.index();
+        mapping.is_ok_and(|m| m.writable && self.memory.code().claim_stores(cpu, m.physical))
     }
 
     /// Enters a page into the TLB that missed, and into its sibling if the line is free.
     fn fill(&mut self, linear: u64, host: *mut u8, user: bool, kind: Kind, mapping: &Mapping) {
         let page = linear & !(PAGE_SIZE - 1);
         let index = tlb_index(linear, user);
-        let writable = mapping.writable && !self.memory.code().page_has_code(mapping.physical);
-        if writable {
-            self.stored.insert(mapping.physical / PAGE_SIZE);
-        }
+        let code = self.memory.code();
+        let writable = mapping.writable && code.claim_stores(self.seat.index(), mapping.physical);
         let space = self.space();
         if mapping.page_shift > 12 {
             let set = &mut space.large[usize::from(mapping.global)];
@@ -777,14 +785,6 @@ impl Core {
         }
     }
 
-    /// Notes a store of `length` bytes to RAM at `physical`, within a page, that did not go
-    /// through a store tag.
-    pub(crate) fn note_store(&mut self, physical: u64, length: u64) {
-        if self.memory.code().overlaps(physical, length) {
-            self.stale.push((physical, length));
-        }
-    }
-
     /// Reads guest memory at a linear address; may cross pages and go to devices.
     pub(crate) fn read_linear(
         &mut self,
@@ -849,6 +849,7 @@ impl Core {
                 Target::Ram(host) => {
                     self.store_behind_tag(at, length as u64, privilege)?;
                     copy_to_guest(host, part);
+                    self.seat.end_store();
                 }
                 Target::Device(physical) => bus.mmio_write(physical, part),
             }
@@ -857,7 +858,8 @@ impl Core {
         Ok(())
     }
 
-    /// After a store target was found: if its page has no store tag, it may hold code.
+    /// After a store target was found: if its page has no store tag, it may hold code. To be
+    /// followed by [`Seat::end_store`] once the store is done.
     pub(crate) fn store_behind_tag(
         &mut self,
         linear: u64,

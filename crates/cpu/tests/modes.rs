@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use strata_cpu::state::{DescriptorTable, Segment, cr0, gpr, segment};
-use strata_cpu::{Bus, Cpu, Exit, Waker};
+use strata_cpu::{Bus, Cpu, Crew, Exit, Waker};
 use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
 /// Where guest code runs.
@@ -100,7 +100,7 @@ impl Bus for Reports<'_> {
 fn run(code: &[u8]) -> (Vec<u32>, Exit) {
     let memory = GuestMemory::new(16 << 20).unwrap();
     memory.ram().write_slice(code, GuestAddress(BASE)).unwrap();
-    let mut cpu = Cpu::new(memory, 0, 1_000_000).unwrap();
+    let mut cpu = Cpu::new(&Crew::new(memory, 1), 0, 1_000_000).unwrap();
     let state = cpu.state_mut();
     state.segments = [Segment {
         base: 0,

@@ -136,6 +136,11 @@ impl Lapic {
         }
     }
 
+    /// An INIT has come: all but the APIC's ID and mode is as after power-up (§11.4.7.3).
+    pub fn init(&mut self) {
+        self.reset();
+    }
+
     /// As after power-up, but for `IA32_APIC_BASE`.
     fn reset(&mut self) {
         let bootstrap = self.base & BASE_BSP != 0;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use strata_cpu::state::{DescriptorTable, Segment, cr0, cr4, efer, segment};
-use strata_cpu::{Bus, Cpu, Exit, Waker};
+use strata_cpu::{Bus, Cpu, Crew, Exit, Waker};
 use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
 use crate::case::{Case, End, Outcome, Width, has_error_code};
@@ -81,7 +81,7 @@ impl Guest {
         let memory = GuestMemory::new(RAM_SIZE)?;
         let pristine = layout::pristine();
         let cr3 = build(&memory, &pristine).ok_or(GuestError::Layout)?;
-        let mut cpu = Cpu::new(memory.clone(), 0, 1_000_000)?;
+        let mut cpu = Cpu::new(&Crew::new(memory.clone(), 1), 0, 1_000_000)?;
         set_mode(&mut cpu, cr3);
         cpu.reset_translations();
         let stop = Arc::new(AtomicBool::new(false));

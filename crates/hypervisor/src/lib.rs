@@ -15,7 +15,7 @@ pub mod state;
 
 use std::sync::atomic::AtomicBool;
 
-pub use strata_cpu::{Bus, Waker};
+pub use strata_cpu::{Bus, Signal, Waker};
 
 /// Why a vCPU stopped running. The vCPU can be run again except after `Fatal`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,19 +2,21 @@
 
 use std::sync::atomic::AtomicBool;
 
-use strata_cpu::{Bus, Cpu, Exit, Waker};
-use strata_memory::GuestMemory;
+use std::sync::Arc;
 
-use crate::state::{DescriptorTable, Registers, Segment};
+pub use strata_cpu::Crew;
+use strata_cpu::{Bus, Cpu, Exit, Waker};
+
+use crate::state::{Activity, DescriptorTable, Registers, Segment};
 use crate::{Error, Halt, Processor};
 
 /// A software vCPU.
 pub struct SoftCpu(Cpu);
 
 impl SoftCpu {
-    /// vCPU number `index` on `memory`; the guest is told that its TSC runs at `tsc_khz`.
-    pub fn new(memory: GuestMemory, index: u32, tsc_khz: u32) -> Result<Self, Error> {
-        Ok(Self(Cpu::new(memory, index, tsc_khz)?))
+    /// vCPU number `index` of `crew`; the guest is told that its TSC runs at `tsc_khz`.
+    pub fn new(crew: &Arc<Crew>, index: u32, tsc_khz: u32) -> Result<Self, Error> {
+        Ok(Self(Cpu::new(crew, index, tsc_khz)?))
     }
 
     /// How much the translator did.
@@ -83,6 +85,11 @@ impl Processor for SoftCpu {
             cr4: s.cr4,
             efer: s.efer,
             kernel_gs_base: s.kernel_gs_base,
+            activity: if self.0.waits_for_startup() {
+                Activity::WaitForStartup
+            } else {
+                Activity::Running
+            },
         }
     }
 
@@ -102,7 +109,13 @@ impl Processor for SoftCpu {
             cr4,
             efer,
             kernel_gs_base,
+            activity,
         } = registers;
+        if *activity == Activity::WaitForStartup {
+            // the startup message finds it as INIT leaves it, whatever else was set
+            self.0.wait_for_startup();
+            return Ok(());
+        }
         let s = self.0.state_mut();
         s.gpr = *gpr;
         s.rip = *rip;

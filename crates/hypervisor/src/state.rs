@@ -24,6 +24,16 @@ pub struct DescriptorTable {
     pub limit: u16,
 }
 
+/// What a vCPU does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activity {
+    /// It runs, or is halted for an interrupt.
+    #[default]
+    Running,
+    /// It was reset and waits for a startup message (Intel SDM vol. 3A §9.4).
+    WaitForStartup,
+}
+
 /// All registers that a machine sets at boot. The extended state (x87, SSE, AVX) starts in
 /// its initial configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,4 +66,7 @@ pub struct Registers {
     pub efer: u64,
     /// `IA32_KERNEL_GS_BASE`.
     pub kernel_gs_base: u64,
+    /// What the vCPU does. Waiting for a startup message, it has the registers of a reset,
+    /// whatever the other fields say.
+    pub activity: Activity,
 }

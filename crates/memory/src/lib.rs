@@ -18,7 +18,7 @@ use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
-pub use code::{CodeMap, CodeTracker, CodeWriteListener, GRANULE_SIZE};
+pub use code::{CodeMap, CodeTracker, CodeWriteListener, CpuSet, GRANULE_SIZE, MAX_CPUS};
 use vm_memory::mmap::MmapRegionBuilder;
 pub use vm_memory::{self, Address, Bytes, GuestAddress};
 use vm_memory::{

@@ -64,7 +64,7 @@ pub(crate) enum Command {
 pub(crate) struct RunArgs {
     /// Number of virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u8).range(1..))]
+          value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) cpus: u8,
 
     /// Memory of the guest, such as 512M, 2G or 1GiB
@@ -211,9 +211,10 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 8] = [
+        let wrong: [&[&str]; 9] = [
             &["--memory", "512"],
             &["--cpus", "0"],
+            &["--cpus", "17"],
             &["--timeout", "never"],
             &["--accel", "kvm"],
             &["--initrd", "i"],

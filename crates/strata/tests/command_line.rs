@@ -33,6 +33,7 @@ fn wrong_usage_ends_with_2() {
     for args in [
         &["run", "--memory", "512"][..],
         &["run", "--cpus", "0"],
+        &["run", "--cpus", "17"],
         &["run", "--initrd", "x"],
         &["run", "--kernel", "x", "--", "ls"],
         &["run", "uname"],

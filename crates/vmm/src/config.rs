@@ -6,7 +6,7 @@ use std::path::PathBuf;
 /// Everything a machine is built from.
 #[derive(Debug)]
 pub struct MachineConfig {
-    /// Number of vCPUs. One, for now.
+    /// Number of vCPUs, 1 to [`MAX_CPUS`](crate::MAX_CPUS).
     pub cpus: u8,
     /// Bytes of RAM, a multiple of 4 KiB.
     pub memory: u64,

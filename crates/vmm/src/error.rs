@@ -11,8 +11,8 @@ const MIB: u64 = 1 << 20;
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// More vCPUs than can be run.
-    #[error("{0} vCPUs were asked for; this version runs machines with exactly 1")]
+    /// More vCPUs than can be run, or none.
+    #[error("{0} vCPUs were asked for; a machine can have 1 to {most}", most = crate::MAX_CPUS)]
     Cpus(u8),
     /// Guest memory could not be had.
     #[error("cannot set up {} MiB of guest memory", size / MIB)]

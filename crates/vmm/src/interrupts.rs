@@ -4,11 +4,12 @@
 //! Called by devices' glue from any thread and by vCPUs for their own local APIC. Lock
 //! order: I/O APIC, then a local APIC; neither is held while a vCPU is woken.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use strata_devices::ioapic::{IoApic, Message};
 use strata_devices::lapic::{Action, Delivery, Ipi, Lapic, Target};
+use strata_hypervisor::Signal;
 
 use crate::clock::Clock;
 use crate::sync::lock;
@@ -23,6 +24,7 @@ pub(crate) type Wake = Box<dyn Fn() + Send + Sync>;
 
 struct Vcpu {
     lapic: Mutex<Lapic>,
+    signals: Signals,
     /// Set once the vCPU's thread has made its processor.
     wake: OnceLock<Wake>,
 }
@@ -30,8 +32,49 @@ struct Vcpu {
 struct Inner {
     vcpus: Vec<Vcpu>,
     ioapic: Mutex<IoApic>,
-    /// A message of a kind that is not delivered was seen and logged.
-    refused: AtomicBool,
+}
+
+/// What a vCPU was sent beside interrupts and has not taken: the page of a startup message
+/// in the low byte, and a bit for each kind.
+#[derive(Default)]
+struct Signals(AtomicU32);
+
+impl Signals {
+    const NMI: u32 = 1 << 8;
+    const INIT: u32 = 1 << 9;
+    const STARTUP: u32 = 1 << 10;
+
+    /// Adds one. INIT does away with what came before it.
+    fn send(&self, signal: Signal) -> bool {
+        let add = |word: u32| {
+            Some(match signal {
+                Signal::Nmi => word | Self::NMI,
+                Signal::Init => Self::INIT,
+                Signal::Startup(page) => word & !0xff | Self::STARTUP | u32::from(page),
+            })
+        };
+        self.0
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, add)
+            .is_ok()
+    }
+
+    fn take(&self) -> Option<Signal> {
+        let first = |word: u32| {
+            [Self::INIT, Self::STARTUP, Self::NMI]
+                .into_iter()
+                .find(|kind| word & kind != 0)
+        };
+        let less = |word: u32| first(word).map(|kind| word & !kind);
+        let taken = self
+            .0
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
+        let word = taken.ok()?;
+        Some(match first(word)? {
+            Self::INIT => Signal::Init,
+            Self::STARTUP => Signal::Startup(word as u8),
+            _ => Signal::Nmi,
+        })
+    }
 }
 
 /// A machine's interrupt controllers. Clones are the same controllers.
@@ -50,13 +93,13 @@ impl Interrupts {
     pub(crate) fn new(vcpus: u8, clock: &Clock) -> Self {
         let vcpu = |index: u8| Vcpu {
             lapic: Mutex::new(Lapic::new(index.into(), index == 0, clock.tsc_khz)),
+            signals: Signals::default(),
             wake: OnceLock::new(),
         };
         let vcpus = (0..vcpus).map(vcpu).collect();
         Self(Arc::new(Inner {
             vcpus,
             ioapic: Mutex::new(IoApic::new()),
-            refused: AtomicBool::new(false),
         }))
     }
 
@@ -102,29 +145,19 @@ impl Interrupts {
             5 => Delivery::Init,
             _ => return,
         };
-        self.deliver(target, delivery, message.level);
+        self.deliver(None, target, delivery, message.level);
     }
 
-    fn deliver(&self, target: Target, delivery: Delivery, level: bool) {
-        let (vector, one) = match delivery {
-            Delivery::Fixed(vector) => (vector, false),
-            Delivery::LowestPriority(vector) => (vector, true),
-            Delivery::Nmi | Delivery::Init | Delivery::Startup(_) => {
-                // The guest can send any number of them.
-                if !self.0.refused.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(?delivery, "interrupts of this kind are not delivered");
-                }
-                return;
-            }
-        };
-        for vcpu in &self.0.vcpus {
-            let mut lapic = lock(&vcpu.lapic);
-            if !lapic.is_target(target) {
-                continue;
-            }
-            let accepted = lapic.accept(vector, level);
-            drop(lapic);
-            if accepted {
+    /// Delivers a message, of vCPU `sender` if it is an IPI.
+    fn deliver(&self, sender: Option<usize>, target: Target, delivery: Delivery, level: bool) {
+        let one = matches!(delivery, Delivery::LowestPriority(_));
+        for (index, vcpu) in self.0.vcpus.iter().enumerate() {
+            let meant = match target {
+                Target::Sender => sender == Some(index),
+                Target::Others => sender != Some(index),
+                _ => lock(&vcpu.lapic).is_target(target),
+            };
+            if meant && vcpu.accept(delivery, level) {
                 vcpu.wake();
                 if one {
                     return;
@@ -141,26 +174,15 @@ impl Interrupts {
                 let messages = lock(&self.0.ioapic).end_of_interrupt(vector);
                 self.deliver_messages(messages);
             }
-            Action::Ipi(Ipi {
-                target: Target::Sender,
-                delivery: Delivery::Fixed(vector),
-            }) => {
-                self.with_lapic(sender, |lapic| lapic.accept(vector, false));
-                self.wake(sender);
+            Action::Ipi(Ipi { target, delivery }) => {
+                self.deliver(Some(sender), target, delivery, false);
             }
-            Action::Ipi(Ipi {
-                target: Target::Others,
-                delivery: Delivery::Fixed(vector),
-            }) => {
-                let others = (0..self.0.vcpus.len()).filter(|index| *index != sender);
-                for index in others {
-                    if self.with_lapic(index, |lapic| lapic.accept(vector, false)) == Some(true) {
-                        self.wake(index);
-                    }
-                }
-            }
-            Action::Ipi(Ipi { target, delivery }) => self.deliver(target, delivery, false),
         }
+    }
+
+    /// Takes what vCPU `index` was sent beside interrupts, one at a time.
+    pub(crate) fn take_signal(&self, index: usize) -> Option<Signal> {
+        self.0.vcpus.get(index)?.signals.take()
     }
 
     /// Runs `f` on the local APIC of vCPU `index`.
@@ -201,6 +223,18 @@ impl Interrupts {
 }
 
 impl Vcpu {
+    /// Takes a message. Returns whether the vCPU may have to be woken.
+    fn accept(&self, delivery: Delivery, level: bool) -> bool {
+        match delivery {
+            Delivery::Fixed(vector) | Delivery::LowestPriority(vector) => {
+                lock(&self.lapic).accept(vector, level)
+            }
+            Delivery::Nmi => self.signals.send(Signal::Nmi),
+            Delivery::Init => self.signals.send(Signal::Init),
+            Delivery::Startup(page) => self.signals.send(Signal::Startup(page)),
+        }
+    }
+
     fn wake(&self) {
         if let Some(wake) = self.wake.get() {
             wake();

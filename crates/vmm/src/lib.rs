@@ -41,4 +41,4 @@ pub use config::{Accel, ConsolePort, DiskConfig, InitrdPart, MachineConfig, Seri
 pub use ending::Outcome;
 pub use error::{Error, KernelProblem};
 pub use interrupts::Interrupts;
-pub use machine::{Control, Machine, Opened};
+pub use machine::{Control, MAX_CPUS, Machine, Opened};

@@ -17,17 +17,19 @@ use crate::vcpu::{self, Shared, Vcpu};
 use crate::virtio::{self, Devices, Disk};
 pub use opened::Opened;
 
+/// vCPUs of a machine, at most.
+pub const MAX_CPUS: u8 = 16;
 /// For how long a machine that was told to stop waits for its host to take its output.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Makes the vCPU of this number, on this memory, by this clock, with these registers.
-trait MakeVcpu:
-    Fn(u32, &GuestMemory, &Clock, &Registers) -> Result<Box<dyn Vcpu>, strata_hypervisor::Error>
+/// Makes this many vCPUs, on this memory, by this clock, the first with these registers.
+trait MakeVcpus:
+    FnOnce(u8, &GuestMemory, &Clock, &Registers) -> Result<Vec<Box<dyn Vcpu>>, Error>
 {
 }
 
-impl<F> MakeVcpu for F where
-    F: Fn(u32, &GuestMemory, &Clock, &Registers) -> Result<Box<dyn Vcpu>, strata_hypervisor::Error>
+impl<F> MakeVcpus for F where
+    F: FnOnce(u8, &GuestMemory, &Clock, &Registers) -> Result<Vec<Box<dyn Vcpu>>, Error>
 {
 }
 
@@ -78,8 +80,8 @@ impl Machine {
         Self::open_with(config, vcpu::soft)
     }
 
-    /// Opens a machine whose vCPUs `make_vcpu` makes.
-    fn open_with(config: MachineConfig, make_vcpu: impl MakeVcpu) -> Result<Opened, Error> {
+    /// Opens a machine whose vCPUs `make_vcpus` makes.
+    fn open_with(config: MachineConfig, make_vcpus: impl MakeVcpus) -> Result<Opened, Error> {
         let calibration = Calibration::start();
         let MachineConfig {
             cpus,
@@ -92,7 +94,7 @@ impl Machine {
             console,
             ports,
         } = config;
-        if cpus != 1 {
+        if !(1..=MAX_CPUS).contains(&cpus) {
             return Err(Error::Cpus(cpus));
         }
         let source = boot::Source {
@@ -112,11 +114,7 @@ impl Machine {
             tsc_khz: calibration.finish(),
             start_tsc: tsc(),
         };
-        let vcpu = |index: u8| {
-            make_vcpu(index.into(), &memory, &clock, &registers)
-                .map_err(|source| Error::Vcpu { index, source })
-        };
-        let vcpus = (0..cpus).map(vcpu).collect::<Result<_, _>>()?;
+        let vcpus = make_vcpus(cpus, &memory, &clock, &registers)?;
         Ok(Opened {
             clock,
             memory,

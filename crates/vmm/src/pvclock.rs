@@ -2,13 +2,14 @@
 //! structures in guest memory that answer (Linux: Documentation/virt/kvm/x86/msr.rst).
 //!
 //! The guest's TSC is the host's and runs at a constant rate, so a structure is written
-//! once, when the guest asks, and stays true.
+//! once, when the guest asks, and stays true. All vCPUs are told the same, so that no
+//! rounding takes one of them back behind another.
 
 use std::time::Duration;
 
 use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
-use crate::clock::{Clock, time_of_day, tsc};
+use crate::clock::{Clock, time_of_day};
 
 const MSR_WALL_CLOCK: u32 = 0x11;
 const MSR_SYSTEM_TIME: u32 = 0x12;
@@ -59,7 +60,11 @@ impl PvClock {
             }
             _ => {
                 if value & ENABLE != 0 {
-                    write(memory, value & !ENABLE, &system_time(clock, tsc()))?;
+                    write(
+                        memory,
+                        value & !ENABLE,
+                        &system_time(clock, clock.start_tsc),
+                    )?;
                 }
                 self.system_time = value;
             }

@@ -8,14 +8,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use strata_devices::lapic::{
     LAPIC_BASE, LAPIC_SIZE, Lapic, MSR_APIC_BASE, MSR_TSC_DEADLINE, MSR_X2APIC, MSR_X2APIC_END,
 };
-use strata_hypervisor::soft::SoftCpu;
-use strata_hypervisor::state::Registers;
-use strata_hypervisor::{Bus, Halt, Processor};
+use strata_hypervisor::soft::{Crew, SoftCpu};
+use strata_hypervisor::state::{Activity, Registers};
+use strata_hypervisor::{Bus, Halt, Processor, Signal};
 use strata_memory::GuestMemory;
 
 use crate::bus::Buses;
 use crate::clock::{Clock, tsc, wake_on_time};
 use crate::ending::{Ending, Outcome};
+use crate::error::Error;
 use crate::interrupts::{Interrupts, Wake};
 use crate::pvclock::PvClock;
 use crate::sync::lock;
@@ -164,6 +165,19 @@ impl Bus for VcpuBus {
     fn next_timer(&self) -> Option<u64> {
         self.lapic(|lapic| lapic.next_timer())?
     }
+
+    fn take_signal(&self) -> Option<Signal> {
+        let signal = self.shared.interrupts.take_signal(self.index)?;
+        if signal == Signal::Init {
+            self.with_timer(Lapic::init);
+            if self.index == 0 {
+                // It would go on in firmware, which there is none of.
+                self.shared.ending.end(Outcome::Reset);
+                return None;
+            }
+        }
+        Some(signal)
+    }
 }
 
 /// A processor as a vCPU's thread uses it.
@@ -185,18 +199,29 @@ impl<P: Processor> Vcpu for P {
     }
 }
 
-/// Software vCPU number `index`, which starts with these registers. It needs nothing of the host
-/// afterwards, so that the process can be locked up before it runs.
+/// The software vCPUs of a machine. The first starts with these registers, the others wait for
+/// it to start them. They need nothing of the host afterwards, so that the process can be locked
+/// up before they run.
 pub(crate) fn soft(
-    index: u32,
+    cpus: u8,
     memory: &GuestMemory,
     clock: &Clock,
     registers: &Registers,
-) -> Result<Box<dyn Vcpu>, strata_hypervisor::Error> {
+) -> Result<Vec<Box<dyn Vcpu>>, Error> {
     let tsc_khz = u32::try_from(clock.tsc_khz).unwrap_or(u32::MAX);
-    let mut cpu = SoftCpu::new(memory.clone(), index, tsc_khz)?;
-    cpu.set_registers(registers)?;
-    Ok(Box::new(cpu))
+    let crew = Crew::new(memory.clone(), cpus.into());
+    let waiting = Registers {
+        activity: Activity::WaitForStartup,
+        ..Registers::default()
+    };
+    let make = |index: u8| {
+        let mut cpu = SoftCpu::new(&crew, index.into(), tsc_khz)?;
+        cpu.set_registers(if index == 0 { registers } else { &waiting })?;
+        Ok(Box::new(cpu) as Box<dyn Vcpu>)
+    };
+    (0..cpus)
+        .map(|index| make(index).map_err(|source| Error::Vcpu { index, source }))
+        .collect()
 }
 
 /// Ends the machine if its vCPU's thread panics.

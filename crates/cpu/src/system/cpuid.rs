@@ -347,6 +347,11 @@ impl Table {
         find(subleaf).or_else(|| find(ANY)).unwrap_or([0; 4])
     }
 
+    /// Family, model and stepping, as in EDX after a reset.
+    pub(crate) fn signature(&self) -> u32 {
+        self.get(1, 0)[0]
+    }
+
     /// Whose CPU the guest sees.
     pub(crate) fn vendor(&self) -> Vendor {
         self.vendor

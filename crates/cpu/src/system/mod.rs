@@ -50,7 +50,7 @@ use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::Core;
 
-pub(crate) use deliver::{deliver_exception, deliver_interrupt, deliver_single_step};
+pub(crate) use deliver::{TripleFault, deliver_exception, deliver_interrupt, deliver_single_step};
 pub(crate) use fpu::fpu_exception;
 
 /// What the caller of [`execute`] does next.
@@ -63,6 +63,8 @@ pub(crate) enum Flow {
     Jump,
     /// Waits for an interrupt. HLT has retired: RIP is behind it.
     Halt,
+    /// Lets others run: PAUSE, of one vCPU among several.
+    Pause,
     /// Stops: the guest wants what this CPU does not do.
     #[allow(dead_code)]
     Fatal(String),
@@ -105,6 +107,7 @@ pub(crate) fn execute(
         M::Call if transfer::is_far(instr) => transfer::far_call(core, bus, instr),
         M::Retf => transfer::far_return(core, bus, instr),
         M::Hlt => control::hlt(core, instr),
+        M::Pause => Ok(Flow::Pause),
         M::Into => legacy::into(core, bus, instr),
         _ => sequential(core, bus, instr).map(|()| Flow::Next),
     }

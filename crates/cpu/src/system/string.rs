@@ -255,7 +255,7 @@ impl Job {
     }
 
     /// Finds host memory to store `elements` at `linear`, if it is RAM, and has code there
-    /// thrown away. Returns the lowest byte's address.
+    /// thrown away. Returns the lowest byte's address. The caller ends the store.
     fn store_target(
         &self,
         core: &mut Core,
@@ -334,6 +334,7 @@ impl Job {
                     self.down,
                 );
             };
+            core.seat.end_store();
         } else {
             let value = self.read(core, bus, from)?;
             self.write(core, bus, to, value)?;
@@ -357,6 +358,7 @@ impl Job {
         if let Some(target) = target {
             // SAFETY: as in `movs`.
             unsafe { fill_elements(target, value, elements as usize, self.size as usize) };
+            core.seat.end_store();
         } else {
             self.write(core, bus, to, value)?;
             done = 1;

@@ -8,6 +8,7 @@ use strata_memory::{Bytes, GuestAddress, GuestMemory, PAGE_SIZE};
 
 use super::{Flow, execute};
 use crate::bus::Bus;
+use crate::crew::Crew;
 use crate::exception::Exception;
 use crate::mmu::Core;
 use crate::state::{DescriptorTable, Segment, cr0, cr4, efer, gpr, rflags, segment as index};
@@ -100,7 +101,7 @@ impl Machine {
     pub(super) fn new() -> Self {
         let memory = GuestMemory::new(16 << 20).unwrap();
         let mut machine = Self {
-            core: Core::new(memory, 0, 0),
+            core: Core::new(&Crew::new(memory, 1), 0, 0),
             bus: TestBus::default(),
         };
         machine.build_pages();

@@ -270,7 +270,7 @@ fn a_32_bit_address_size_cuts_the_registers() {
 #[test]
 fn stores_into_translated_code_are_told() {
     let mut m = machine(0x60000, 0x70000, 0x100);
-    m.core.memory.code().mark(0x70080, 4);
+    m.core.memory.code().mark(0, 0x70080, 4);
 
     assert_eq!(m.run(REP_MOVSB), Ok(Flow::Next));
 

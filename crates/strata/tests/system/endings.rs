@@ -61,9 +61,3 @@ fn too_little_memory_is_refused_before_the_boot() {
     let ended = guest_with(&["--memory", "8M"], &["true"], b"").expect(NOT_STARTED);
     assert!(ended.stderr.contains("memory"), "{}", ended.stderr);
 }
-
-#[test]
-fn more_than_one_cpu_is_refused_so_far() {
-    let ended = guest_with(&["--cpus", "2"], &["true"], b"").expect(NOT_STARTED);
-    assert!(ended.stderr.contains("CPU"), "{}", ended.stderr);
-}

@@ -73,7 +73,7 @@ fn machine(guest: Guest, sink: &Sink, input: Option<Box<dyn Read + Send>>) -> Ma
         output: Box::new(sink.clone()),
         input,
     });
-    let fake = move |_, _: &_, _: &_, _: &_| Ok(Box::new(Fake(guest)) as Box<dyn Vcpu>);
+    let fake = move |_, _: &_, _: &_, _: &_| Ok(vec![Box::new(Fake(guest)) as Box<dyn Vcpu>]);
     Machine::open_with(config, fake).unwrap().build().unwrap()
 }
 
@@ -322,9 +322,9 @@ fn more_vcpus_than_can_be_run_are_refused() {
         output: Box::new(io::sink()),
         input: None,
     });
-    config.cpus = 2;
+    config.cpus = MAX_CPUS + 1;
 
-    assert!(matches!(Machine::open(config), Err(Error::Cpus(2))));
+    assert!(matches!(Machine::open(config), Err(Error::Cpus(17))));
 }
 
 #[test]

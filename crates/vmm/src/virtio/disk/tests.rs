@@ -178,7 +178,7 @@ fn reads_into_translated_code_are_told() {
     use std::sync::{Arc, Mutex};
     struct Log(Arc<Mutex<Vec<u64>>>);
     impl strata_memory::CodeWriteListener for Log {
-        fn code_written(&self, address: u64, length: u64) {
+        fn code_written(&self, _holders: strata_memory::CpuSet, address: u64, length: u64) {
             self.0.lock().unwrap().push(address + length);
         }
     }
@@ -187,7 +187,7 @@ fn reads_into_translated_code_are_told() {
     let memory = GuestMemory::new(0x10000).unwrap();
     let log = Arc::default();
     memory.code().set_listener(Box::new(Log(Arc::clone(&log))));
-    memory.code().mark(0x2000, 64);
+    memory.code().mark(0, 0x2000, 64);
 
     let buffers = segments(&[(0x1000, 512), (0x2000, 512)]);
     disk.perform(memory.ram(), &Action::Read { offset: 0, buffers });
