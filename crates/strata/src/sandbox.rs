@@ -4,7 +4,7 @@
 use std::io::{self, BufRead};
 use std::process::{Command, Stdio};
 
-use strata_sandbox::{Layer, Report, enter};
+use strata_sandbox::{Error, Layer, Report, enter};
 
 use crate::cli::Sandbox;
 use crate::exit::End;
@@ -36,7 +36,15 @@ pub(crate) fn lock_up(wanted: Sandbox) -> Result<(), Fault> {
         tracing::info!("no sandbox");
         return Ok(());
     }
-    let report = enter(&Layer::ALL)?;
+    let report = match enter(&Layer::ALL) {
+        Ok(report) => report,
+        // A container without /proc: nothing is wrong with the process.
+        Err(error @ Error::Proc(_)) if wanted == Sandbox::Auto => {
+            tracing::warn!("no sandbox: {error}");
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    };
     for (layer, state) in report.layers() {
         match state {
             Ok(detail) => tracing::info!("sandbox: {layer}: {detail}"),
