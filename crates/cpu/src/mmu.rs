@@ -25,6 +25,8 @@ pub(crate) const PHYSICAL_BITS: u32 = 46;
 pub(crate) const TLB_ENTRIES: usize = 4096;
 /// Entries of one jump cache.
 pub(crate) const JUMP_ENTRIES: usize = 16384;
+/// Jump caches of an address space; see [`jump_table`].
+pub(crate) const JUMP_TABLES: usize = 4;
 /// What a linear address is multiplied with to find its line in a jump cache.
 pub(crate) const JUMP_HASH: u32 = 0x5bd1_e995;
 /// How far the product is then shifted right.
@@ -152,7 +154,7 @@ impl Filled {
 #[repr(C, align(64))]
 pub(crate) struct AddressSpace {
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; 4],
-    pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; 4],
+    pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; JUMP_TABLES],
     info: [[LineInfo; TLB_ENTRIES]; 4],
     tlb_filled: [Filled; 4],
     jumps_filled: [Filled; 4],

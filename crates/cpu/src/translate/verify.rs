@@ -252,7 +252,7 @@ impl Code64<'_> {
             FlowControl::Next => Ok(()),
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
                 let target = i.near_branch_target();
-                let outs = [t.lookup, t.link, t.branch, t.system, t.attention];
+                let outs = [t.lookup, t.link, t.branch, t.system, t.attention, t.fault];
                 if self.is_inside(target) || outs.contains(&target) {
                     Ok(())
                 } else {

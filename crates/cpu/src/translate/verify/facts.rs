@@ -6,7 +6,7 @@ use std::mem::{offset_of, size_of};
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register, UsedRegister};
 
 use super::Code64;
-use crate::mmu::{AddressSpace, JUMP_ENTRIES, JumpEntry};
+use crate::mmu::{AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry};
 use crate::state::{WINDOWS, Window, state_offset};
 use crate::translate::lower::meta;
 
@@ -439,7 +439,8 @@ fn is_jump_line(at: i64, most: u32) -> bool {
     let line = size_of::<JumpEntry>() as i64;
     let from = at - offset_of!(AddressSpace, jumps) as i64;
     let table = JUMP_ENTRIES as i64 * line;
-    let one = most == 0 && (0..2 * table).contains(&from);
-    let any = i64::from(most) == table - line && (from == 0 || from == table);
+    let inside = (0..table * JUMP_TABLES as i64).contains(&from);
+    let one = most == 0 && inside;
+    let any = i64::from(most) == table - line && inside && from % table == 0;
     offset_of!(JumpEntry, pc) == 0 && from % line == 0 && (one || any)
 }

@@ -3,12 +3,15 @@ use super::super::lower::{Mode, Numbers, Tools};
 use super::super::thunks::{self, Callbacks};
 use super::super::{Source, translate};
 use super::*;
+use crate::segmentation::Legacy;
 use crate::system::cpuid::Table;
 
 /// Where the cache would be.
 const CACHE: u64 = 0x7f00_0000_0000;
-/// Where the guest's code is.
+/// Where the guest's 64-bit code is.
 const START: u64 = 0xffff_8000_1234_5000;
+/// Where its other code is.
+const LEGACY_START: u64 = 0x4000;
 
 struct Translator {
     thunks: Thunks,
@@ -40,7 +43,7 @@ impl Translator {
 
     fn translate(&mut self, bytes: &[u8], mode: Mode) -> Option<Lowered> {
         let source = Source {
-            start: START,
+            start: start(mode),
             bytes,
             mode,
         };
@@ -72,7 +75,8 @@ impl Translator {
         if let Some(block) = self.translate(bytes, mode)
             && let Err(broken) = self.verify(&block)
         {
-            let guest = Decoder::with_ip(64, bytes, START, DecoderOptions::NONE).decode();
+            let bits = mode.legacy.map_or(64, |legacy| legacy.bitness());
+            let guest = Decoder::with_ip(bits, bytes, start(mode), DecoderOptions::NONE).decode();
             panic!("{broken}\nin the block for {bytes:02x?}, which begins with {guest}");
         }
     }
@@ -91,6 +95,27 @@ const USER: Mode = Mode {
     user: true,
     ..SUPERVISOR
 };
+
+fn start(mode: Mode) -> u64 {
+    mode.legacy.map_or(START, |_| LEGACY_START)
+}
+
+/// 32- or 16-bit code in ring 3, with segments that have bases or limits, or flat ones.
+fn legacy(big: bool, segments: u8) -> Mode {
+    Mode {
+        legacy: Some(Legacy {
+            big_code: big,
+            big_stack: big,
+            ring0: false,
+            checked: segments,
+            based: segments,
+            code_base: 0x1_0000,
+            code_limit: 0xffff,
+            tag: 7,
+        }),
+        ..USER
+    }
+}
 
 /// Every opcode of every map, with all prefixes that select instructions, every ModRM digit,
 /// on registers and on memory; some padding for displacement and immediates.
@@ -143,11 +168,22 @@ fn combine<'a>(
 #[test]
 fn every_form_of_every_instruction_stays_within_guest_state_and_cache() {
     let mut translator = Translator::new();
-    let mut blocks = 0;
+    let mut even = false;
     every_form(|bytes| {
-        blocks += 1;
-        let mode = if blocks % 2 == 0 { USER } else { SUPERVISOR };
-        translator.holds(bytes, mode);
+        even = !even;
+        translator.holds(bytes, if even { USER } else { SUPERVISOR });
+    });
+    assert!(translator.blocks > 100_000, "{}", translator.blocks);
+}
+
+#[test]
+fn so_does_every_form_in_32_and_16_bit_code() {
+    let modes = [legacy(true, 0), legacy(true, 0x3f), legacy(false, 0x3f)];
+    let mut translator = Translator::new();
+    let mut turn = 0;
+    every_form(|bytes| {
+        turn += 1;
+        translator.holds(bytes, modes[turn % modes.len()]);
     });
     assert!(translator.blocks > 100_000, "{}", translator.blocks);
 }
