@@ -23,7 +23,7 @@ use crate::bus::{Bus, Waker};
 use crate::crew::Crew;
 use crate::exception::{Exception, vector};
 use crate::hash::BuildFast;
-use crate::mmu::{Core, JumpEntry, Kind, Privilege, Target, jump_table};
+use crate::mmu::{Core, JumpEntry, Kind, Privilege, Target, apart_table, jump_table};
 use crate::segmentation::Legacy;
 use crate::signal::{self, Window};
 use crate::startup::Startup;
@@ -278,6 +278,10 @@ impl Cpu {
         let leave = Leave::from_code(code);
         let done = match leave {
             Leave::Lookup | Leave::Attention => true,
+            Leave::Apart => {
+                self.apart = true;
+                true
+            }
             Leave::Branch => match self.check_branch() {
                 Ok(()) => true,
                 Err(exception) => return self.deliver(bus, exception),
@@ -555,14 +559,19 @@ impl Cpu {
         let number = number.unwrap_or_default();
         let block = &self.blocks.all[number as usize];
         let entry = self.cache.base() + u64::from(block.entry);
-        if !mode.single && !mode.apart {
+        if !mode.single {
             let last = first.wrapping_add(u64::from(block.length.max(1) - 1));
             let line = JumpEntry {
                 pc: mode.jump_key(rip),
                 code: entry,
             };
+            let table = if mode.apart {
+                apart_table(mode.user)
+            } else {
+                mode.jumps()
+            };
             self.core.space().insert_jump(
-                mode.jumps(),
+                table,
                 line,
                 (first, last),
                 global && block.key.second.is_none(),
@@ -740,11 +749,9 @@ impl Cpu {
         let alone = block.key.mode.single || block.key.second.is_some();
         if what & meta::SPAN != 0 {
             let host = self.settle_span(address, size, store);
-            if host.is_none() {
-                self.core.state.rip = rip;
-                self.apart = true;
-            }
-            return host;
+            self.core.state.bounced = u64::from(host.is_none());
+            // translated code goes another way and makes no use of it
+            return Some(host.unwrap_or(std::ptr::dangling_mut()));
         }
         let crosses = address % PAGE_SIZE + size > PAGE_SIZE;
         if store && what & meta::LOAD != 0 && crosses && !self.core.seat.may_be_atomic() {
@@ -787,7 +794,6 @@ impl Cpu {
     /// Host memory for the accesses of a span, `size` bytes in all, if they are within a
     /// page of RAM and none of them could fault.
     fn settle_span(&mut self, address: u64, size: u64, store: bool) -> Option<*mut u8> {
-        self.core.state.bounced = 0;
         if address % PAGE_SIZE + size > PAGE_SIZE {
             return None;
         }

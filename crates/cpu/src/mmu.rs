@@ -26,7 +26,7 @@ pub(crate) const TLB_ENTRIES: usize = 4096;
 /// Entries of one jump cache.
 pub(crate) const JUMP_ENTRIES: usize = 16384;
 /// Jump caches of an address space; see [`jump_table`].
-pub(crate) const JUMP_TABLES: usize = 4;
+pub(crate) const JUMP_TABLES: usize = 6;
 /// What a linear address is multiplied with to find its line in a jump cache.
 pub(crate) const JUMP_HASH: u32 = 0x5bd1_e995;
 /// How far the product is then shifted right.
@@ -75,19 +75,14 @@ pub(crate) enum Privilege {
 #[repr(C)]
 pub(crate) struct TlbEntry {
     pub(crate) tag: u64,
-    /// Host address of the page, plus [`HOST_GLOBAL`].
-    pub(crate) host: u64,
+    /// Host address of the page less its linear address.
+    pub(crate) delta: u64,
 }
-
-/// In [`TlbEntry::host`]: the page is global.
-pub(crate) const HOST_GLOBAL: u64 = 1;
 
 /// Which windows to empty.
 #[derive(Clone, Copy)]
 enum Forget {
     All,
-    /// Those of pages that are not global.
-    Local,
     /// Those of the page at a linear address.
     Page(u64),
     /// Those for stores to a page at a host address.
@@ -108,6 +103,11 @@ pub(crate) const fn tlb_number(user: bool, store: bool) -> usize {
 /// Which of a space's jump caches leads to blocks for the ring, of 64-bit code or not.
 pub(crate) const fn jump_table(user: bool, legacy: bool) -> usize {
     (legacy as usize) << 1 | user as usize
+}
+
+/// As [`jump_table`], for blocks of 64-bit code that check every access by itself.
+pub(crate) const fn apart_table(user: bool) -> usize {
+    4 + user as usize
 }
 
 /// A tag that no address with the given index can match.
@@ -157,7 +157,7 @@ pub(crate) struct AddressSpace {
     pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; JUMP_TABLES],
     info: [[LineInfo; TLB_ENTRIES]; 4],
     tlb_filled: [Filled; 4],
-    jumps_filled: [Filled; 4],
+    jumps_filled: [Filled; JUMP_TABLES],
     pcid: Option<u64>,
     last_used: u64,
     /// Large pages that have entries, as `linear >> shift << 6 | shift`: local, global.
@@ -196,14 +196,14 @@ fn invalid_jump(index: usize) -> JumpEntry {
 
 impl TlbEntry {
     /// Host address of the page.
-    fn page(&self) -> u64 {
-        self.host & !HOST_GLOBAL
+    fn host(&self) -> u64 {
+        self.tag.wrapping_add(self.delta)
     }
 
     fn invalid(index: usize) -> Self {
         Self {
             tag: invalid_tag(index),
-            host: 0,
+            delta: 0,
         }
     }
 }
@@ -421,7 +421,7 @@ impl Core {
     /// Makes the address space of CR3 current, after CR3 or CR4 were set. `keep`: entries
     /// it may hold from before stay valid (CR3 bit 63 with CR4.PCIDE).
     pub(crate) fn select_space(&mut self, keep: bool) {
-        self.forget_windows(Forget::Local);
+        self.forget_windows(Forget::All);
         let pcid = if self.state.cr4 & cr4::PCIDE == 0 {
             0
         } else {
@@ -454,32 +454,31 @@ impl Core {
         oldest.map_or(0, |(index, _)| index)
     }
 
-    /// Empties windows, which hold what a TLB does.
+    /// Empties windows, which hold what ring 3's TLBs do.
     fn forget_windows(&mut self, which: Forget) {
         let state = &mut *self.state;
-        for kind in 0..4 {
-            let used = state.windows_used[kind];
-            let mut left = match which {
-                Forget::Local => used & state.windows_local[kind],
-                Forget::Stores(_) if kind & tlb_number(false, true) == 0 => 0,
-                Forget::All | Forget::Page(_) | Forget::Stores(_) => used,
-            };
-            let mut gone = 0;
-            while left != 0 {
-                let number = left.trailing_zeros() as usize;
-                left &= left - 1;
-                let window = &mut state.windows[kind][number];
-                let matches = match which {
-                    Forget::All | Forget::Local => true,
-                    Forget::Page(page) => window.start == page,
-                    Forget::Stores(host) => window.start.wrapping_add(window.delta) == host,
-                };
-                if matches {
-                    *window = Window::NONE;
-                    gone |= 1 << number;
+        for (kind, used) in state.windows_used.iter_mut().enumerate() {
+            if matches!(which, Forget::Stores(_)) && kind != usize::from(true) {
+                continue;
+            }
+            for (word, bits) in used.iter_mut().enumerate() {
+                let mut left = *bits;
+                while left != 0 {
+                    let bit = left & left.wrapping_neg();
+                    left ^= bit;
+                    let number = word * 64 + bit.trailing_zeros() as usize;
+                    let window = &mut state.windows[kind][number];
+                    let matches = match which {
+                        Forget::All => true,
+                        Forget::Page(page) => window.start == page,
+                        Forget::Stores(host) => window.start.wrapping_add(window.delta) == host,
+                    };
+                    if matches {
+                        *window = Window::NONE;
+                        *bits ^= bit;
+                    }
                 }
             }
-            state.windows_used[kind] &= !gone;
         }
     }
 
@@ -493,7 +492,7 @@ impl Core {
 
     /// Drops what is held for one PCID, less global pages.
     pub(crate) fn flush_pcid(&mut self, pcid: u64) {
-        self.forget_windows(Forget::Local);
+        self.forget_windows(Forget::All);
         for space in self.spaces.iter_mut().filter(|s| s.pcid == Some(pcid)) {
             space.flush(true);
         }
@@ -548,7 +547,7 @@ impl Core {
         for space in &mut self.spaces {
             for table in [tlb_number(false, true), tlb_number(true, true)] {
                 for (index, entry) in space.tlb[table].iter_mut().enumerate() {
-                    if entry.page() == host as u64 {
+                    if entry.host() == host as u64 {
                         entry.tag = invalid_tag(index);
                     }
                 }
@@ -608,7 +607,7 @@ impl Core {
         let index = tlb_index(linear, user);
         let entry = self.space().tlb[tlb_number(user, kind == Kind::Write)][index];
         if kind != Kind::Fetch && entry.tag == page {
-            return Ok(Target::Ram((entry.page() + (linear - page)) as *mut u8));
+            return Ok(Target::Ram((entry.host() + (linear - page)) as *mut u8));
         }
         if !Self::canonical(linear) {
             return Err(Exception::general_protection(0));
@@ -652,10 +651,10 @@ impl Core {
             }
             let table = tlb_number(user, store);
             let old = space.tlb[table][index];
-            if store != (kind == Kind::Write) && old.host != 0 && old.tag != invalid_tag(index) {
+            if store != (kind == Kind::Write) && old.delta != 0 && old.tag != invalid_tag(index) {
                 continue;
             }
-            if old.host == 0 || (space.info[table][index] ^ info) & GLOBAL != 0 {
+            if old.delta == 0 || (space.info[table][index] ^ info) & GLOBAL != 0 {
                 if space.tlb_filled[table].crowded() {
                     space.flush_tlb(false);
                 }
@@ -664,7 +663,7 @@ impl Core {
             space.info[table][index] = info;
             space.tlb[table][index] = TlbEntry {
                 tag: page,
-                host: host as u64 | u64::from(mapping.global),
+                delta: (host as u64).wrapping_sub(page),
             };
         }
     }

@@ -238,10 +238,13 @@ pub struct Msrs {
 /// so alignment faults stay what they are.
 pub const BOUNCE_SIZE: usize = 1024;
 
-/// Windows of one kind.
-pub(crate) const WINDOWS: usize = u64::BITS as usize;
+/// Windows for loads, and as many for stores.
+pub(crate) const WINDOWS: usize = 256;
 
-/// A page that a place in translated code accessed last, so that it may do so again.
+/// A bit for each window of one kind.
+pub(crate) type WindowSet = [u64; WINDOWS / 64];
+
+/// A page that a place in ring 3's code accessed last, so that it may do so again.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Window {
@@ -312,12 +315,10 @@ pub struct State {
     pub(crate) extents: [Extent; 6],
     /// See [`BOUNCE_SIZE`].
     pub(crate) bounce: Bounce,
-    /// By kind, as the TLBs are; see [`Window`].
-    pub(crate) windows: [[Window; WINDOWS]; 4],
+    /// For loads, and for stores; see [`Window`].
+    pub(crate) windows: [[Window; WINDOWS]; 2],
     /// Which windows are in use, a bit for each.
-    pub(crate) windows_used: [u64; 4],
-    /// Which of these are of pages that are not global.
-    pub(crate) windows_local: [u64; 4],
+    pub(crate) windows_used: [WindowSet; 2],
     /// `IA32_KERNEL_GS_BASE`.
     pub kernel_gs_base: u64,
     /// ES, CS, SS, DS, FS, GS.
@@ -401,9 +402,8 @@ impl State {
             xsave: XsaveArea::INITIAL,
             extents: [Extent::default(); 6],
             bounce: Bounce([0; BOUNCE_SIZE]),
-            windows: [[Window::NONE; WINDOWS]; 4],
-            windows_used: [0; 4],
-            windows_local: [0; 4],
+            windows: [[Window::NONE; WINDOWS]; 2],
+            windows_used: [[0; WINDOWS / 64]; 2],
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],
             ldtr: Segment::default(),

@@ -9,9 +9,12 @@
 //!   op   [base + T1 + disp]
 //! ```
 //!
-//! A window is one page that a place in the code used last (`State::windows`). The address
-//! that the access itself takes does not wait for the check, which the host predicts. A
-//! span is a run of accesses off one base register that share a check (`spans`).
+//! A window is one page that a place in ring 3's code used last (`State::windows`). The
+//! address that the access itself takes does not wait for the check, which the host predicts.
+//! The supervisor's code looks into the TLB instead: it goes through much code and many
+//! pages, for one process and the next, and would find its windows used by others.
+//!
+//! A span is a run of accesses off one base register that share a check (`spans`).
 //!
 //! Called by `lower`, `plain` and `stack`. Nothing here decides what an instruction does.
 
@@ -21,8 +24,9 @@ use iced_x86::{Instruction, Register};
 
 use super::asm::{Alu, RAX, Reg, T0, T1, cc};
 use super::lower::{Flags, Lower, Site, meta};
-use super::thunks::{slow_index, window_offset};
-use crate::state::{WINDOWS, state_offset};
+use super::thunks::{DELTA, slow_index, tag_offset, window_offset};
+use crate::mmu::{TLB_ENTRIES, TlbEntry};
+use crate::state::{WINDOWS, Window, state_offset};
 
 /// Where a checked access is done: `[base + T1 + disp]`.
 #[derive(Clone, Copy, Debug)]
@@ -54,13 +58,25 @@ pub(super) fn window_number(instruction: &Instruction) -> u32 {
     1 + (mixed as u32) % (WINDOWS as u32 - 1)
 }
 
+/// What a check looks at.
+#[derive(Clone, Copy)]
+enum Through {
+    /// Every access takes the slow path.
+    Nothing,
+    /// The window at this offset of the state block.
+    Window(i32),
+    /// The TLB whose tags are at this offset of the address space.
+    Tlb(i32),
+}
+
 /// An access whose check may fail, and what is to be written for that case.
 pub(super) struct Stub {
     branch: usize,
     meta: u32,
     store: bool,
-    /// T0 is less by the window's start.
-    recover: bool,
+    through: Through,
+    /// Off a register other than T0.
+    direct: bool,
     /// Where the check has passed.
     resume: usize,
     /// The access itself, to be written again; none for a span.
@@ -192,31 +208,52 @@ impl Lower<'_> {
         debug_assert!(self.flags == Flags::Ax);
         let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
-        let at = window_offset(self.mode.user, store) + (window * size_of_window()) as i32;
-        let direct = place.base != T0;
-        let a = &mut self.asm;
-        if direct {
-            a.lea(T0, Some(place.base), None, place.disp, false);
-        }
-        let always_slow = self.mode.single || self.mode.aligned;
-        let branch = if always_slow {
-            // never below zero
-            a.alu_imm(Alu::Cmp, T0, 0);
-            a.jcc_forward(cc::AE)
+        let through = if self.mode.single || self.mode.aligned {
+            Through::Nothing
+        } else if self.mode.user {
+            Through::Window(window_offset(store) + (window * size_of_window()) as i32)
         } else {
-            let distance = if direct { T0 } else { T1 };
-            a.mov(distance, T0);
-            a.alu_gs(Alu::Sub, distance, at);
-            a.alu_imm(Alu::Cmp, distance, 4096 - size as i32);
-            a.jcc_forward(cc::A)
+            Through::Tlb(tag_offset(false, store))
         };
-        a.load_gs(T1, at + 8);
+        let direct = place.base != T0;
+        if direct {
+            self.asm.lea(T0, Some(place.base), None, place.disp, false);
+        }
+        let limit = 4096 - size as i32;
+        let branch = match through {
+            Through::Nothing => {
+                // never below zero
+                self.asm.alu_imm(Alu::Cmp, T0, 0);
+                self.asm.jcc_forward(cc::AE)
+            }
+            Through::Window(at) => {
+                let distance = if direct { T0 } else { T1 };
+                self.asm.mov(distance, T0);
+                self.asm.alu_gs(Alu::Sub, distance, at);
+                self.asm.alu_imm(Alu::Cmp, distance, limit);
+                let branch = self.asm.jcc_forward(cc::A);
+                self.asm.load_gs(T1, at + WINDOW_DELTA);
+                branch
+            }
+            Through::Tlb(tag) => {
+                self.supervisor_line();
+                self.asm.alu_mem(Alu::Sub, T0, T1, tag);
+                self.asm.alu_imm(Alu::Cmp, T0, limit);
+                let branch = self.asm.jcc_forward(cc::A);
+                if !direct {
+                    self.asm.alu_mem(Alu::Add, T0, T1, tag);
+                }
+                self.asm.load(T1, T1, tag + DELTA);
+                branch
+            }
+        };
         Stub {
             branch,
             meta: size | what | window << meta::WINDOW_SHIFT,
             store,
-            recover: direct && !always_slow,
-            resume: a.len(),
+            through,
+            direct,
+            resume: self.asm.len(),
             body: None,
             site: Site {
                 host: 0,
@@ -227,6 +264,18 @@ impl Lower<'_> {
         }
     }
 
+    /// The address of the supervisor's TLB line for T0 into T1, less the tags' offset.
+    fn supervisor_line(&mut self) {
+        let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
+        self.asm.mov(T1, T0);
+        self.asm.shift(5, T1, 12);
+        self.asm.alu(Alu::Xor, T1, T0);
+        self.asm.shift(5, T1, 12 - shift);
+        self.asm
+            .and32(T1, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as u32);
+        self.asm.alu_gs(Alu::Add, T1, state_offset!(space));
+    }
+
     /// Writes what happens when the check of `stub` failed.
     pub(super) fn slow_path(&mut self, stub: &Stub) {
         self.asm.aim(stub.branch);
@@ -235,24 +284,27 @@ impl Lower<'_> {
             host: here,
             ..stub.site
         });
-        let user = self.mode.user;
-        if stub.recover {
-            let window = (stub.meta >> meta::WINDOW_SHIFT) * size_of_window();
-            let at = window_offset(user, stub.store) + window as i32;
-            self.asm.alu_gs(Alu::Add, T0, at);
-        }
-        self.asm.push_imm(stub.meta);
-        let index = slow_index(user, stub.store);
-        let thunk = if self.mode.single || self.mode.aligned {
-            self.thunks.slow_always[index]
-        } else {
-            self.thunks.slow[index]
+        let slow = self.thunks.slow[slow_index(self.mode.user, stub.store)];
+        let thunk = match stub.through {
+            Through::Nothing => slow,
+            Through::Window(at) => {
+                if stub.direct {
+                    self.asm.alu_gs(Alu::Add, T0, at);
+                }
+                self.thunks.slow_window[usize::from(stub.store)]
+            }
+            Through::Tlb(tag) => {
+                self.asm.alu_mem(Alu::Add, T0, T1, tag);
+                slow
+            }
         };
+        self.asm.push_imm(stub.meta);
         self.asm.call(thunk);
-        // the thunk returns here, or behind this jump if the access is bounced
+        // the thunk returns here, or behind this jump if the access cannot be done in place
         let resume = self.asm.base + stub.resume as u64;
         self.asm.jmp(resume);
         let Some(body) = stub.body.clone() else {
+            self.go_apart(stub.site.guest);
             return;
         };
         let here = self.asm.len() as u32;
@@ -281,7 +333,10 @@ impl Lower<'_> {
     }
 }
 
+/// Distance of a window's delta from its start.
+const WINDOW_DELTA: i32 = std::mem::offset_of!(Window, delta) as i32;
+
 /// Bytes of one window in the state block.
 const fn size_of_window() -> u32 {
-    size_of::<crate::state::Window>() as u32
+    size_of::<Window>() as u32
 }

@@ -200,12 +200,12 @@ impl Asm {
         self.modrm_gs(reg.0, disp);
     }
 
-    /// `op gs:[disp], from`, 64 bits
-    pub(crate) fn alu_gs_from(&mut self, op: Alu, disp: i32, from: Reg) {
+    /// `op gs:[disp + index], from`, 64 bits
+    pub(crate) fn alu_gs_indexed(&mut self, op: Alu, disp: i32, index: Reg, from: Reg) {
         self.raw(&[0x65]);
-        self.rex_w(from, Reg(0));
-        self.raw(&[(op as u8) << 3 | 1]);
-        self.modrm_gs(from.0, disp);
+        self.rex_w(from, index);
+        self.raw(&[(op as u8) << 3 | 1, 0x80 | (from.0 & 7) << 3 | index.0 & 7]);
+        self.imm32(disp);
     }
 
     /// `op qword gs:[disp], value`

@@ -16,7 +16,8 @@ use super::legacy::SegmentFault;
 use super::spans::Role;
 use super::thunks::Thunks;
 use crate::mmu::{
-    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, jump_index, jump_table,
+    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, apart_table, jump_index,
+    jump_table,
 };
 use crate::segmentation::Legacy;
 use crate::state::{rflags, state_offset};
@@ -54,7 +55,7 @@ pub(crate) struct Mode {
 }
 
 impl Mode {
-    /// Which jump cache leads to blocks of this mode.
+    /// Which jump cache leads on from blocks of this mode.
     pub(crate) fn jumps(&self) -> usize {
         jump_table(self.user, self.legacy.is_some())
     }
@@ -132,7 +133,7 @@ pub(crate) mod meta {
     /// need not be that of the segment.
     pub(crate) const WRAPS: u32 = 1 << 22;
     /// Where the number of the window that it went through begins.
-    pub(crate) const WINDOW_SHIFT: u32 = 24;
+    pub(crate) const WINDOW_SHIFT: u32 = 24; // eight bits
 }
 
 /// A finished block.
@@ -692,6 +693,20 @@ impl<'a> Lower<'a> {
     /// Whether a branch's target lies in the page that the block begins in.
     fn same_page(&self, target: u64) -> bool {
         self.mode.linear(target) >> 12 == self.mode.linear(self.start) >> 12
+    }
+
+    /// To the block for the instruction at an offset from here that checks every access by
+    /// itself.
+    pub(super) fn go_apart(&mut self, guest: u16) {
+        let target = self.start.wrapping_add(guest.into());
+        let line = jumps_offset(apart_table(self.mode.user))
+            + (jump_index(target) * size_of::<JumpEntry>()) as i32;
+        let a = &mut self.asm;
+        a.mov_imm(T0, target);
+        a.load_gs(T1, state_offset!(space));
+        a.alu_mem(Alu::Cmp, T0, T1, line);
+        a.jcc(cc::NE, self.thunks.apart);
+        a.jmp_mem(T1, line + std::mem::offset_of!(JumpEntry, code) as i32);
     }
 
     /// To another page, whose mapping may change: through the jump cache.

@@ -8,8 +8,8 @@ use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
 };
 use super::lower::meta;
-use crate::mmu::{AddressSpace, HOST_GLOBAL, TLB_ENTRIES, TlbEntry, tlb_number};
-use crate::state::{WINDOWS, Window, state_offset};
+use crate::mmu::{AddressSpace, TLB_ENTRIES, TlbEntry, tlb_number};
+use crate::state::{WINDOWS, Window, WindowSet, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub(crate) enum Leave {
     Branch = 6,
     /// The instruction at `rip` raises the exception in `temp[0]` with error code 0.
     Fault = 7,
+    /// As `Lookup`, for a block that checks every access by itself.
+    Apart = 8,
 }
 
 impl Leave {
@@ -43,6 +45,7 @@ impl Leave {
             5 => Self::HostFault,
             6 => Self::Branch,
             7 => Self::Fault,
+            8 => Self::Apart,
             _ => Self::Attention,
         }
     }
@@ -69,10 +72,11 @@ pub(crate) struct Thunks {
     pub(crate) fault: u64,
     pub(crate) fpu_load: u64,
     pub(crate) commit: u64,
-    /// Slow path of an access, through the TLB first. Indexed by [`slow_index`].
+    pub(crate) apart: u64,
+    /// Slow path of an access. Indexed by [`slow_index`].
     pub(crate) slow: [u64; 4],
-    /// The same without the TLB.
-    pub(crate) slow_always: [u64; 4],
+    /// The same for ring 3, through the TLB first, for loads and for stores.
+    pub(crate) slow_window: [u64; 2],
 }
 
 /// Which slow thunk.
@@ -80,16 +84,20 @@ pub(crate) fn slow_index(user: bool, store: bool) -> usize {
     tlb_number(user, store)
 }
 
-/// Offset of the windows that an access may go through, in the state block.
-pub(crate) fn window_offset(user: bool, store: bool) -> i32 {
-    state_offset!(windows) + (tlb_number(user, store) * size_of::<[Window; WINDOWS]>()) as i32
+/// Offset of the windows that an access of ring 3 may go through, in the state block.
+pub(crate) fn window_offset(store: bool) -> i32 {
+    state_offset!(windows) + (usize::from(store) * size_of::<[Window; WINDOWS]>()) as i32
 }
 
-/// Offset of the tag that an access compares, in the address space.
-fn tag_offset(user: bool, store: bool) -> i32 {
+/// Offset of a TLB's tags in the address space; their deltas are [`DELTA`] further.
+pub(crate) fn tag_offset(user: bool, store: bool) -> i32 {
     let table = tlb_number(user, store) * size_of::<[TlbEntry; TLB_ENTRIES]>();
     (std::mem::offset_of!(AddressSpace, tlb) + table + std::mem::offset_of!(TlbEntry, tag)) as i32
 }
+
+/// Distance of a line's delta from its tag.
+pub(crate) const DELTA: i32 =
+    (std::mem::offset_of!(TlbEntry, delta) - std::mem::offset_of!(TlbEntry, tag)) as i32;
 
 const CALLEE_SAVED: [Reg; 6] = [RBX, RBP, Reg(12), Reg(13), Reg(14), Reg(15)];
 const CALLER_SAVED_GUESTS: [usize; 6] = [0, 1, 2, 6, 7, 8];
@@ -168,6 +176,7 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
         at
     };
     thunks.lookup = out(a, Leave::Lookup, false);
+    thunks.apart = out(a, Leave::Apart, false);
     thunks.link = out(a, Leave::Link, true);
     thunks.branch = out(a, Leave::Branch, true);
     thunks.system = out(a, Leave::System, true);
@@ -181,11 +190,12 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     thunks.commit = commit(a, mask, callbacks.commit);
     for user in [false, true] {
         for store in [false, true] {
-            let index = slow_index(user, store);
-            thunks.slow[index] = a.here();
-            through_tlb(a, user, store);
-            thunks.slow_always[index] = slow(a, mask, callbacks.access, leave);
+            thunks.slow[slow_index(user, store)] = slow(a, mask, callbacks.access, leave);
         }
+    }
+    for store in [false, true] {
+        let to = thunks.slow[slow_index(true, store)];
+        thunks.slow_window[usize::from(store)] = through_tlb(a, store, to);
     }
     thunks
 }
@@ -246,28 +256,22 @@ fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
     at
 }
 
-/// Looks an access up in the TLB, and if it is there fills its window and returns. Falls
-/// through otherwise. In and out as `slow`.
-fn through_tlb(a: &mut Asm, user: bool, store: bool) {
+/// Looks an access of ring 3 up in the TLB, and if it is there fills its window and returns;
+/// else goes on with `slow`. In and out as there.
+fn through_tlb(a: &mut Asm, store: bool, slow: u64) -> u64 {
+    let at = a.here();
     let entry = size_of::<TlbEntry>();
-    let tag = tag_offset(user, store);
-    let host = tag + std::mem::offset_of!(TlbEntry, host) as i32
-        - std::mem::offset_of!(TlbEntry, tag) as i32;
+    let tag = tag_offset(true, store);
     a.push(RAX);
     a.push(RCX);
     a.mov(T1, T0);
     a.shift(5, T1, 12);
-    if !user {
-        a.mov(RAX, T1);
-        a.shift(5, RAX, TLB_ENTRIES.trailing_zeros() as u8);
-        a.alu(Alu::Xor, T1, RAX);
-    }
     a.and32(T1, (TLB_ENTRIES - 1) as u32);
     a.shift(4, T1, entry.trailing_zeros() as u8);
     a.alu_gs(Alu::Add, T1, state_offset!(space));
     // the distance from the page that the line is of
     a.mov(RAX, T0);
-    a.alu_mem(Alu::Xor, RAX, T1, tag);
+    a.alu_mem(Alu::Sub, RAX, T1, tag);
     a.alu_imm(Alu::Cmp, RAX, 4095);
     let miss = a.jcc_forward(cc::A);
     a.raw(&[0x8b, 0x4c, 0x24, 24]); // mov ecx, [rsp + 24]: meta
@@ -277,7 +281,7 @@ fn through_tlb(a: &mut Asm, user: bool, store: bool) {
     let crosses = a.jcc_forward(cc::A);
     a.raw(&[0x8b, 0x4c, 0x24, 24]);
     a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
-    fill_window(a, tlb_number(user, store), tag, host);
+    fill_window(a, store, tag);
     a.pop(RCX);
     a.pop(RAX);
     a.raw(&[0xc2, 8, 0]); // ret 8
@@ -285,31 +289,27 @@ fn through_tlb(a: &mut Asm, user: bool, store: bool) {
     a.aim(crosses);
     a.pop(RCX);
     a.pop(RAX);
+    a.jmp(slow);
+    at
 }
 
-/// Fills the window of a kind whose number is in RCX from the line at T1. Leaves the
-/// distance from guest to host in T1; clobbers RAX, RCX.
-fn fill_window(a: &mut Asm, kind: usize, tag: i32, host: i32) {
-    let window = state_offset!(windows) + (kind * size_of::<[Window; WINDOWS]>()) as i32;
-    let used = state_offset!(windows_used) + 8 * kind as i32;
-    let local = state_offset!(windows_local) + 8 * kind as i32;
+/// Fills the window whose number is in RCX from the line at T1. Leaves the distance from
+/// guest to host in T1; clobbers RAX, RCX.
+fn fill_window(a: &mut Asm, store: bool, tag: i32) {
+    let window = window_offset(store);
+    let used = state_offset!(windows_used) + (usize::from(store) * size_of::<WindowSet>()) as i32;
     a.push(RDX);
-    a.load(RDX, T1, host);
-    a.load(RAX, T1, tag);
-    a.mov_imm(T1, 1);
-    a.raw(&[0x49, 0xd3, 0xe3]); // shl r11, cl
-    a.alu_gs_from(Alu::Or, used, T1);
-    a.alu_gs_from(Alu::Or, local, T1);
-    a.raw(&[0xf6, 0xc2, HOST_GLOBAL as u8]); // test dl, global
-    let is_local = a.jcc_forward(cc::E);
-    a.alu_imm(Alu::Xor, RDX, HOST_GLOBAL as i32);
-    a.alu_gs_from(Alu::Xor, local, T1);
-    a.aim(is_local);
-    a.alu(Alu::Sub, RDX, RAX);
+    a.mov(RDX, RCX);
+    a.shift(5, RDX, 6);
+    a.shift(4, RDX, 3);
+    a.mov_imm(RAX, 1);
+    a.raw(&[0x48, 0xd3, 0xe0]); // shl rax, cl
+    a.alu_gs_indexed(Alu::Or, used, RDX, RAX);
     a.shift(4, RCX, size_of::<Window>().trailing_zeros() as u8);
+    a.load(RAX, T1, tag);
+    a.load(T1, T1, tag + DELTA);
     a.store_gs_indexed(window, RCX, RAX);
-    a.store_gs_indexed(window + 8, RCX, RDX);
-    a.mov(T1, RDX);
+    a.store_gs_indexed(window + 8, RCX, T1);
     a.pop(RDX);
 }
 

@@ -18,7 +18,7 @@ use iced_x86::{
     Mnemonic, OpKind, Register, UsedMemory, UsedRegister,
 };
 
-use super::lower::{Lowered, meta};
+use super::lower::Lowered;
 use super::thunks::Thunks;
 use crate::mmu::{AddressSpace, JumpEntry};
 use crate::state::{Block, state_offset};
@@ -218,7 +218,7 @@ fn memory(i: &Instruction, used: &UsedMemory, facts: &Facts) -> Result<(), &'sta
         // [T0], which is base + T1
         (Value::Host(checked), None) => checked.covers(at, size, stored),
         // a line of the address space
-        (Value::Space { most } | Value::Jump { most, .. }, None) => {
+        (Value::Space { most } | Value::Line { most, .. } | Value::Jump { most, .. }, None) => {
             let end = at + i64::from(most) + size;
             if stored || at < 0 || end > size_of::<AddressSpace>() as i64 {
                 Err("outside of the address space")
@@ -252,7 +252,15 @@ impl Code64<'_> {
             FlowControl::Next => Ok(()),
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
                 let target = i.near_branch_target();
-                let outs = [t.lookup, t.link, t.branch, t.system, t.attention, t.fault];
+                let outs = [
+                    t.lookup,
+                    t.apart,
+                    t.link,
+                    t.branch,
+                    t.system,
+                    t.attention,
+                    t.fault,
+                ];
                 if self.is_inside(target) || outs.contains(&target) {
                     Ok(())
                 } else {
@@ -297,10 +305,10 @@ impl Code64<'_> {
     fn slow_thunk(&self, i: &Instruction) -> Option<bool> {
         let is_it = |thunk: &u64| *thunk == i.near_branch_target();
         let Thunks {
-            slow, slow_always, ..
+            slow, slow_window, ..
         } = self.thunks;
         let index = slow.iter().position(is_it);
-        let index = index.or_else(|| slow_always.iter().position(is_it))?;
+        let index = index.or_else(|| slow_window.iter().position(is_it))?;
         Some(index & 1 != 0)
     }
 
@@ -323,15 +331,13 @@ impl Code64<'_> {
             let target = at_offset(self, i.near_branch_target() - self.base)?;
             next.push((target, true));
         }
-        // a slow path may return behind the jump that follows it, unless it is a span's
+        // a slow path may return behind the jump that follows it
         if self.slow_thunk(i).is_some() && i.flow_control() == FlowControl::Call {
             let after = self.following(index)?;
             if self.all[after].code() != Code::Jmp_rel32_64 {
                 return Err("a slow path that does not go back");
             }
-            if self.word_before(index) & meta::SPAN == 0 {
-                next.push((self.following(after)?, true));
-            }
+            next.push((self.following(after)?, true));
         }
         Ok(next)
     }
@@ -341,14 +347,6 @@ impl Code64<'_> {
             Ok(index + 1)
         } else {
             Err("the block runs on beyond its end")
-        }
-    }
-
-    /// The word that was pushed right before.
-    fn word_before(&self, index: usize) -> u32 {
-        match index.checked_sub(1).map(|before| &self.all[before]) {
-            Some(i) if i.code() == Code::Pushq_imm32 => i.immediate32to64() as u32,
-            _ => 0,
         }
     }
 

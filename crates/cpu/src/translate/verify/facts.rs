@@ -6,9 +6,12 @@ use std::mem::{offset_of, size_of};
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register, UsedRegister};
 
 use super::Code64;
-use crate::mmu::{AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry};
+use crate::mmu::{
+    AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry, TLB_ENTRIES, TlbEntry, tlb_number,
+};
 use crate::state::{WINDOWS, Window, state_offset};
 use crate::translate::lower::meta;
+use crate::translate::thunks::DELTA;
 
 /// Memory that may be accessed, `size` bytes from `low` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,8 @@ pub(super) enum Value {
     Plain { sym: u64, off: i64 },
     /// The same less the start of the window at this GS offset.
     Distance { sym: u64, off: i64, window: i64 },
+    /// The same less the tag at `at` from T1.
+    FromTag { sym: u64, off: i64, at: i64 },
     /// The same, and so small that `size` bytes from there are in the window.
     Within { at: Checked, window: i64 },
     /// Host address less guest address, for what was checked.
@@ -50,6 +55,12 @@ pub(super) enum Value {
     Index { most: u32 },
     /// The address space, plus such an index.
     Space { most: u32 },
+    /// The same, where the TLB line whose tag is at `at` was found to be that of `checked`.
+    Line {
+        most: u32,
+        at: i64,
+        checked: Checked,
+    },
     /// The same, where the `pc` at `at` was found equal.
     Jump { most: u32, at: i64 },
 }
@@ -174,7 +185,13 @@ impl Facts {
         next.pushed = None;
         match i.mnemonic() {
             Mnemonic::Push => next.pushed = Some(i.immediate32to64() as u32),
-            Mnemonic::Call => next.call(code, index, i, self.pushed)?,
+            Mnemonic::Call => {
+                next.call(code, index, i, self.pushed)?;
+                if jumped && self.pushed.is_some_and(|what| what & meta::SPAN != 0) {
+                    // there is no place to do a span's accesses at
+                    next.registers[T1] = fresh(index, T1 as u64, false);
+                }
+            }
             Mnemonic::Ja | Mnemonic::Jae | Mnemonic::Jne
                 if !next.branch(i.mnemonic(), self.compared, jumped) =>
             {
@@ -194,8 +211,23 @@ impl Facts {
                 next.registers[place] = known.unwrap_or(fresh(index, place as u64, false));
             }
         }
+        next.forget_tags(registers);
         next.store_slot(self, i, index);
         Ok(Some(next))
+    }
+
+    /// What is relative to a tag that T1 led to is unknown once T1 leads elsewhere.
+    fn forget_tags(&mut self, registers: &[UsedRegister]) {
+        let changed = |u: &UsedRegister| writes(u.access()) && number(u.register()) == Some(T1);
+        if !registers.iter().any(changed) {
+            return;
+        }
+        for value in &mut self.registers {
+            if matches!(value, Value::FromTag { .. }) {
+                // like the index: never an address
+                *value = Value::Index { most: 0 };
+            }
+        }
     }
 
     /// What a thunk leaves.
@@ -269,6 +301,18 @@ impl Facts {
                     };
                     self.registers[register] = Value::Within { at, window };
                 }
+                if let Value::FromTag { sym, off, at } = self.registers[register]
+                    && let Value::Space { most } = self.registers[T1]
+                    && limit <= 4096
+                {
+                    let checked = Checked {
+                        sym,
+                        low: off,
+                        size: 4096 - limit as i64,
+                        store: tlb_of_line(at, most) == Some(tlb_number(false, true)),
+                    };
+                    self.registers[T1] = Value::Line { most, at, checked };
+                }
                 true
             }
             (Mnemonic::Jne, Some(Compared::Line { register, at })) if !jumped => {
@@ -308,6 +352,12 @@ impl Facts {
         match (i.op1_kind(), gs_constant(i)) {
             (OpKind::Memory, Some(at)) => self.with_state(i.mnemonic(), self.get(to), at),
             (OpKind::Memory, None) if i.mnemonic() == Mnemonic::Lea => self.sum(i),
+            (OpKind::Memory, None)
+                if i.memory_base() == Register::R11 && i.memory_index() == Register::None =>
+            {
+                let at = i.memory_displacement64() as i64;
+                self.with_line(i.mnemonic(), self.get(to), at)
+            }
             (OpKind::Register, _) => {
                 with_register(i.mnemonic(), self.get(to), self.get(i.op1_register()))
             }
@@ -328,6 +378,30 @@ impl Facts {
         let near = i.memory_index() == Register::None && i.memory_base().is_gpr64();
         let by = i.memory_displacement64() as i64;
         near.then(|| moved(self.get(i.memory_base()), by)).flatten()
+    }
+
+    /// An operation with a TLB line that T1 leads to.
+    fn with_line(&self, mnemonic: Mnemonic, to: Value, at: i64) -> Option<Value> {
+        match (mnemonic, to, self.registers[T1]) {
+            (Mnemonic::Sub, Value::Plain { sym, off }, Value::Space { most }) => {
+                let tlb = tlb_of_line(at, most)?;
+                (tlb < tlb_number(true, false)).then_some(Value::FromTag { sym, off, at })
+            }
+            // on either way from the comparison T1 is what it was
+            (
+                Mnemonic::Add,
+                Value::FromTag { sym, off, at: tag },
+                Value::Space { .. } | Value::Line { .. },
+            ) if tag == at => Some(Value::Plain { sym, off }),
+            (
+                Mnemonic::Mov,
+                _,
+                Value::Line {
+                    at: tag, checked, ..
+                },
+            ) if at == tag + i64::from(DELTA) => Some(Value::Delta(checked)),
+            _ => None,
+        }
     }
 
     /// An operation with a field of the state block.
@@ -419,7 +493,7 @@ fn gs_constant(i: &Instruction) -> Option<i64> {
 /// Where in the windows an offset of the state block is.
 fn in_windows(at: i64) -> Option<i64> {
     let from = at - i64::from(state_offset!(windows));
-    let size = size_of::<[[Window; WINDOWS]; 4]>() as i64;
+    let size = size_of::<[[Window; WINDOWS]; 2]>() as i64;
     (0..size).contains(&from).then_some(from)
 }
 
@@ -432,6 +506,16 @@ fn is_window(at: i64) -> bool {
 fn window_is_for_stores(at: i64) -> bool {
     let kind = in_windows(at).map(|from| from / size_of::<[Window; WINDOWS]>() as i64);
     kind.is_some_and(|kind| kind & 1 != 0)
+}
+
+/// The TLB that has its tags at a displacement, plus an index of at most `most`.
+fn tlb_of_line(at: i64, most: u32) -> Option<usize> {
+    let line = size_of::<TlbEntry>() as i64;
+    let table = TLB_ENTRIES as i64 * line;
+    let from = at - offset_of!(AddressSpace, tlb) as i64;
+    let whole = offset_of!(TlbEntry, tag) == 0 && from % table == 0;
+    (whole && i64::from(most) == table - line && (0..4 * table).contains(&from))
+        .then_some((from / table) as usize)
 }
 
 /// Whether a displacement, plus an index of at most `most`, is that of a jump-cache line.
