@@ -24,8 +24,7 @@ use iced_x86::{Instruction, Register};
 
 use super::asm::{Alu, RAX, Reg, T0, T1, cc};
 use super::lower::{Flags, Lower, Site, meta};
-use super::thunks::{DELTA, slow_index, tag_offset, window_offset};
-use crate::mmu::{TLB_ENTRIES, TlbEntry};
+use super::thunks::{DELTA, line_of, slow_index, tag_offset, window_offset};
 use crate::state::{WINDOWS, Window, state_offset};
 
 /// Where a checked access is done: `[base + T1 + disp]`.
@@ -236,7 +235,7 @@ impl Lower<'_> {
                 branch
             }
             Through::Tlb(tag) => {
-                self.supervisor_line();
+                line_of(&mut self.asm, T0, false);
                 self.asm.alu_mem(Alu::Sub, T0, T1, tag);
                 self.asm.alu_imm(Alu::Cmp, T0, limit);
                 let branch = self.asm.jcc_forward(cc::A);
@@ -264,18 +263,6 @@ impl Lower<'_> {
         }
     }
 
-    /// The address of the supervisor's TLB line for T0 into T1, less the tags' offset.
-    fn supervisor_line(&mut self) {
-        let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
-        self.asm.mov(T1, T0);
-        self.asm.shift(5, T1, 12);
-        self.asm.alu(Alu::Xor, T1, T0);
-        self.asm.shift(5, T1, 12 - shift);
-        self.asm
-            .and32(T1, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as u32);
-        self.asm.alu_gs(Alu::Add, T1, state_offset!(space));
-    }
-
     /// Writes what happens when the check of `stub` failed.
     pub(super) fn slow_path(&mut self, stub: &Stub) {
         self.asm.aim(stub.branch);
@@ -284,20 +271,14 @@ impl Lower<'_> {
             host: here,
             ..stub.site
         });
-        let slow = self.thunks.slow[slow_index(self.mode.user, stub.store)];
-        let thunk = match stub.through {
-            Through::Nothing => slow,
-            Through::Window(at) => {
-                if stub.direct {
-                    self.asm.alu_gs(Alu::Add, T0, at);
-                }
-                self.thunks.slow_window[usize::from(stub.store)]
-            }
-            Through::Tlb(tag) => {
-                self.asm.alu_mem(Alu::Add, T0, T1, tag);
-                slow
-            }
-        };
+        let index = slow_index(self.mode.user, stub.store);
+        let mut thunk = self.thunks.slow[index];
+        match stub.through {
+            Through::Nothing => thunk = self.thunks.slow_always[index],
+            Through::Window(at) if stub.direct => self.asm.alu_gs(Alu::Add, T0, at),
+            Through::Window(_) => {}
+            Through::Tlb(tag) => self.asm.alu_mem(Alu::Add, T0, T1, tag),
+        }
         self.asm.push_imm(stub.meta);
         self.asm.call(thunk);
         // the thunk returns here, or behind this jump if the access cannot be done in place

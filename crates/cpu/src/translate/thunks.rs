@@ -73,10 +73,10 @@ pub(crate) struct Thunks {
     pub(crate) fpu_load: u64,
     pub(crate) commit: u64,
     pub(crate) apart: u64,
-    /// Slow path of an access. Indexed by [`slow_index`].
+    /// Slow path of an access, through the TLB first. Indexed by [`slow_index`].
     pub(crate) slow: [u64; 4],
-    /// The same for ring 3, through the TLB first, for loads and for stores.
-    pub(crate) slow_window: [u64; 2],
+    /// The same without the TLB.
+    pub(crate) slow_always: [u64; 4],
 }
 
 /// Which slow thunk.
@@ -190,12 +190,14 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     thunks.commit = commit(a, mask, callbacks.commit);
     for user in [false, true] {
         for store in [false, true] {
-            thunks.slow[slow_index(user, store)] = slow(a, mask, callbacks.access, leave);
+            thunks.slow_always[slow_index(user, store)] = slow(a, mask, callbacks.access, leave);
         }
     }
-    for store in [false, true] {
-        let to = thunks.slow[slow_index(true, store)];
-        thunks.slow_window[usize::from(store)] = through_tlb(a, store, to);
+    for user in [false, true] {
+        for store in [false, true] {
+            let index = slow_index(user, store);
+            thunks.slow[index] = through_tlb(a, user, store, thunks.slow_always[index]);
+        }
     }
     thunks
 }
@@ -256,37 +258,76 @@ fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
     at
 }
 
-/// Looks an access of ring 3 up in the TLB, and if it is there fills its window and returns;
-/// else goes on with `slow`. In and out as there.
-fn through_tlb(a: &mut Asm, store: bool, slow: u64) -> u64 {
+/// The address of the TLB line for the linear address in `address` into T1, less the tags'
+/// offset.
+pub(crate) fn line_of(a: &mut Asm, address: Reg, user: bool) {
+    let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
+    a.mov(T1, address);
+    if user {
+        a.shift(5, T1, 12 - shift);
+    } else {
+        a.shift(5, T1, 12);
+        a.alu(Alu::Xor, T1, address);
+        a.shift(5, T1, 12 - shift);
+    }
+    a.and32(T1, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as u32);
+    a.alu_gs(Alu::Add, T1, state_offset!(space));
+}
+
+/// Looks an access up in the TLB. One that is there has its window filled, for ring 3; one
+/// that crosses into a page that follows in host memory too is done in place; a span that
+/// crosses otherwise goes apart. All else goes on with `slow`. In and out as there.
+fn through_tlb(a: &mut Asm, user: bool, store: bool, slow: u64) -> u64 {
     let at = a.here();
-    let entry = size_of::<TlbEntry>();
-    let tag = tag_offset(true, store);
+    let tag = tag_offset(user, store);
     a.push(RAX);
     a.push(RCX);
-    a.mov(T1, T0);
-    a.shift(5, T1, 12);
-    a.and32(T1, (TLB_ENTRIES - 1) as u32);
-    a.shift(4, T1, entry.trailing_zeros() as u8);
-    a.alu_gs(Alu::Add, T1, state_offset!(space));
+    line_of(a, T0, user);
     // the distance from the page that the line is of
     a.mov(RAX, T0);
     a.alu_mem(Alu::Sub, RAX, T1, tag);
     a.alu_imm(Alu::Cmp, RAX, 4095);
     let miss = a.jcc_forward(cc::A);
-    a.raw(&[0x8b, 0x4c, 0x24, 24]); // mov ecx, [rsp + 24]: meta
-    a.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
-    a.alu(Alu::Add, RAX, RCX);
-    a.alu_imm(Alu::Cmp, RAX, 4096);
-    let crosses = a.jcc_forward(cc::A);
-    a.raw(&[0x8b, 0x4c, 0x24, 24]);
-    a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
-    fill_window(a, store, tag);
+    let crosses = user.then(|| {
+        a.raw(&[0x8b, 0x4c, 0x24, 24]); // mov ecx, [rsp + 24]: meta
+        a.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
+        a.alu(Alu::Add, RAX, RCX);
+        a.alu_imm(Alu::Cmp, RAX, 4096);
+        let crosses = a.jcc_forward(cc::A);
+        a.raw(&[0x8b, 0x4c, 0x24, 24]);
+        a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
+        fill_window(a, store, tag);
+        a.pop(RCX);
+        a.pop(RAX);
+        a.raw(&[0xc2, 8, 0]); // ret 8
+        crosses
+    });
+    if let Some(crosses) = crosses {
+        a.aim(crosses);
+    }
+    a.load(RAX, T1, tag);
+    a.load(RCX, T1, tag + DELTA);
+    a.alu_imm(Alu::Add, RAX, 4096);
+    line_of(a, RAX, user);
+    a.alu_mem(Alu::Cmp, RAX, T1, tag);
+    let absent = a.jcc_forward(cc::NE);
+    a.alu_mem(Alu::Cmp, RCX, T1, tag + DELTA);
+    let elsewhere = a.jcc_forward(cc::NE);
+    a.mov(T1, RCX);
     a.pop(RCX);
     a.pop(RAX);
     a.raw(&[0xc2, 8, 0]); // ret 8
+    a.aim(absent);
+    a.aim(elsewhere);
+    a.raw(&[0xf7, 0x44, 0x24, 24]); // test dword [rsp + 24], SPAN
+    a.raw(&meta::SPAN.to_le_bytes());
+    let single = a.jcc_forward(cc::E);
+    a.pop(RCX);
+    a.pop(RAX);
+    a.raw(&[0x48, 0x83, 0x04, 0x24, 5]); // add qword [rsp], 5
+    a.raw(&[0xc2, 8, 0]); // ret 8
     a.aim(miss);
-    a.aim(crosses);
+    a.aim(single);
     a.pop(RCX);
     a.pop(RAX);
     a.jmp(slow);

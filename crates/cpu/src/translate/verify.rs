@@ -305,10 +305,10 @@ impl Code64<'_> {
     fn slow_thunk(&self, i: &Instruction) -> Option<bool> {
         let is_it = |thunk: &u64| *thunk == i.near_branch_target();
         let Thunks {
-            slow, slow_window, ..
+            slow, slow_always, ..
         } = self.thunks;
         let index = slow.iter().position(is_it);
-        let index = index.or_else(|| slow_window.iter().position(is_it))?;
+        let index = index.or_else(|| slow_always.iter().position(is_it))?;
         Some(index & 1 != 0)
     }
 
