@@ -396,8 +396,7 @@ impl Cpu {
         loop {
             self.attend();
             self.drop_stale();
-            self.take_signals(bus);
-            if self.wakes() || stop.load(Ordering::SeqCst) {
+            if self.take_signals(bus) || self.takes_nmi() || stop.load(Ordering::SeqCst) {
                 return;
             }
             if enabled && bus.interrupt_pending() {
