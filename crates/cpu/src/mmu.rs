@@ -359,6 +359,7 @@ struct Mapping {
 }
 
 /// Where an access ends up.
+#[derive(Clone, Copy)]
 pub(crate) enum Target {
     Ram(*mut u8),
     /// Guest physical address of something that is not RAM.
@@ -857,6 +858,20 @@ impl Core {
             done += length;
         }
         Ok(())
+    }
+
+    /// Stores to where [`Core::target`] led, within a page, whatever the page tables say now.
+    pub(crate) fn store_at(&mut self, bus: &dyn Bus, target: &Target, data: &[u8]) {
+        match *target {
+            Target::Ram(host) => {
+                if let Some(physical) = self.memory.address_of(host) {
+                    self.note_store(physical, data.len() as u64);
+                }
+                copy_to_guest(host, data);
+                self.seat.end_store();
+            }
+            Target::Device(physical) => bus.mmio_write(physical, data),
+        }
     }
 
     /// After a store target was found: if its page has no store tag, it may hold code. To be
