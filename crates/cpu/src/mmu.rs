@@ -6,6 +6,7 @@
 //! is clean, read-only or holds translated code leaves the fast path.
 
 mod legacy;
+mod store;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -858,20 +859,6 @@ impl Core {
             done += length;
         }
         Ok(())
-    }
-
-    /// Stores to where [`Core::target`] led, within a page, whatever the page tables say now.
-    pub(crate) fn store_at(&mut self, bus: &dyn Bus, target: &Target, data: &[u8]) {
-        match *target {
-            Target::Ram(host) => {
-                if let Some(physical) = self.memory.address_of(host) {
-                    self.note_store(physical, data.len() as u64);
-                }
-                copy_to_guest(host, data);
-                self.seat.end_store();
-            }
-            Target::Device(physical) => bus.mmio_write(physical, data),
-        }
     }
 
     /// After a store target was found: if its page has no store tag, it may hold code. To be
