@@ -8,7 +8,7 @@ use crate::{Error, packages, process, root};
 
 /// Cases of `cargo xtask difftest` unless told otherwise.
 pub(crate) const DIFFTEST_CASES: u64 = 200_000;
-/// Cases and boots of `cargo xtask long`.
+/// Cases of `cargo xtask long`, and boots with each number of vCPUs.
 const LONG_CASES: u64 = 1_000_000;
 const LONG_BOOTS: u32 = 50;
 

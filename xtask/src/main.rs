@@ -39,7 +39,8 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Run the long checks: a million differential cases, and fifty boots in a row
+    /// Run the long checks: a million differential cases, and fifty boots in a row with one, two
+    /// and four vCPUs each
     Long,
 }
 

@@ -75,6 +75,8 @@ pub struct Cpu {
     tools: Tools,
     /// Set while translated code runs, for the slow paths.
     bus: Option<&'static dyn Bus>,
+    /// Where the parts of a bounced access are, and their lengths.
+    bounced: [(Target, usize); 2],
     /// What a slow path raised.
     raised: Option<Exception>,
     /// The next instruction runs as a block of its own, since it writes its own block.
@@ -124,6 +126,7 @@ impl Cpu {
                 info: iced_x86::InstructionInfoFactory::new(),
             },
             bus: None,
+            bounced: NOWHERE,
             raised: None,
             alone: false,
             exclusive: false,
@@ -396,8 +399,7 @@ impl Cpu {
         loop {
             self.attend();
             self.drop_stale();
-            self.take_signals(bus);
-            if self.wakes() || stop.load(Ordering::SeqCst) {
+            if self.take_signals(bus) || self.takes_nmi() || stop.load(Ordering::SeqCst) {
                 return;
             }
             if enabled && bus.interrupt_pending() {
@@ -832,13 +834,15 @@ impl Cpu {
             (self.core.wrap(address.wrapping_add(first)), size - first),
         ];
         let mut direct = None;
-        for &(at, length) in parts.iter().filter(|p| p.1 > 0) {
+        let mut found = NOWHERE;
+        for (&(at, length), found) in parts.iter().zip(&mut found).filter(|p| p.0.1 > 0) {
             let target = self.core.target(at, kind, Privilege::Current)?;
             if let Target::Ram(host) = target {
                 direct = Some(host);
             } else {
                 direct = None;
             }
+            *found = (target, length as usize);
             if store && direct.is_some() {
                 let told = self.core.stale.len();
                 self.core.store_behind_tag(at, length, Privilege::Current)?;
@@ -863,6 +867,7 @@ impl Cpu {
             self.core.state.bounce.0[offset..offset + data.len()].copy_from_slice(data);
         }
         self.core.state.commit_address = address;
+        self.bounced = found;
         let host = (&raw mut self.core.state.bounce.0[offset]).cast();
         Ok(Some(Place::Bounced(host)))
     }
@@ -895,20 +900,19 @@ impl Cpu {
         self.end_access();
     }
 
-    /// Does the store that an instruction did to the bounce buffer.
+    /// Does the store that an instruction did to the bounce buffer, where its pages were
+    /// found before it ran: another vCPU may have changed the page tables since.
     fn write_back(&mut self, length: usize) {
-        let address = self.core.state.commit_address;
-        let offset = (address % 64) as usize;
+        let offset = (self.core.state.commit_address % 64) as usize;
         let mut data = [0; 512];
         let data = &mut data[..length];
         data.copy_from_slice(&self.core.state.bounce.0[offset..offset + length]);
         let bus = self.current_bus();
-        // the pages were checked before the instruction ran
-        if let Err(exception) = self
-            .core
-            .write_linear(bus, address, data, Privilege::Current)
-        {
-            tracing::warn!(?exception, "a checked store failed");
+        let mut rest = &*data;
+        for (target, length) in self.bounced.into_iter().filter(|part| part.1 > 0) {
+            let (part, after) = rest.split_at(length);
+            self.core.store_at(bus, &target, part);
+            rest = after;
         }
         self.drop_stale();
     }
@@ -916,6 +920,9 @@ impl Cpu {
 
 /// As the length of what is to be written back: nothing, the store was done in place.
 const DONE_IN_PLACE: u64 = u64::MAX;
+
+/// Where the two parts of an access are that has none.
+const NOWHERE: [(Target, usize); 2] = [(Target::Device(0), 0); 2];
 
 /// What kind of block is to go on with.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -6,6 +6,7 @@
 //! is clean, read-only or holds translated code leaves the fast path.
 
 mod legacy;
+mod store;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -359,6 +360,7 @@ struct Mapping {
 }
 
 /// Where an access ends up.
+#[derive(Clone, Copy)]
 pub(crate) enum Target {
     Ram(*mut u8),
     /// Guest physical address of something that is not RAM.

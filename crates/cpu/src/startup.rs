@@ -86,11 +86,16 @@ impl Cpu {
         self.startup.waits
     }
 
-    /// Sees to what the local APIC has for the vCPU.
-    pub(crate) fn take_signals(&mut self, bus: &dyn Bus) {
+    /// Sees to what the local APIC has for the vCPU. Returns whether an INIT was among it,
+    /// after which the vCPU may have been started again already.
+    pub(crate) fn take_signals(&mut self, bus: &dyn Bus) -> bool {
+        let mut reset = false;
         while let Some(signal) = bus.take_signal() {
             match signal {
-                Signal::Init => self.wait_for_startup(),
+                Signal::Init => {
+                    self.wait_for_startup();
+                    reset = true;
+                }
                 Signal::Startup(page) if self.startup.waits => {
                     self.startup.waits = false;
                     let code = &mut self.core.state.segments[segment::CS];
@@ -102,15 +107,12 @@ impl Cpu {
                 Signal::Startup(_) | Signal::Nmi => {}
             }
         }
+        reset
     }
 
-    fn takes_nmi(&self) -> bool {
+    /// Whether an NMI is to be delivered, which also ends a HLT.
+    pub(crate) fn takes_nmi(&self) -> bool {
         self.startup.nmi && !self.core.state.nmi_blocked
-    }
-
-    /// Whether something other than an interrupt ends a HLT.
-    pub(crate) fn wakes(&self) -> bool {
-        self.startup.waits || self.takes_nmi()
     }
 
     /// Waits for a startup message if one is awaited, and delivers an NMI if it may be.

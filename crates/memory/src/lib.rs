@@ -156,6 +156,16 @@ impl GuestMemory {
                 .then(|| (r.host + offset as usize) as *mut u8)
         })
     }
+
+    /// The guest physical address of what a host pointer into RAM points at: the inverse of
+    /// [`GuestMemory::host_ptr`].
+    #[inline]
+    pub fn address_of(&self, host: *const u8) -> Option<u64> {
+        self.regions.iter().find_map(|r| {
+            let offset = (host as u64).checked_sub(r.host as u64)?;
+            (offset < r.size).then_some(r.start + offset)
+        })
+    }
 }
 
 fn memfd(size: u64) -> Result<File, Error> {
@@ -186,6 +196,9 @@ mod tests {
         assert!(memory.host_ptr(MMIO_HOLE_START, 1).is_none());
         assert!(memory.host_ptr(MMIO_HOLE_END + 0x1fff, 1).is_some());
         assert!(memory.host_ptr(MMIO_HOLE_END + 0x1fff, 2).is_none());
+        let last = memory.host_ptr(MMIO_HOLE_END + 0x1fff, 1).unwrap();
+        assert_eq!(memory.address_of(last), Some(MMIO_HOLE_END + 0x1fff));
+        assert_eq!(memory.address_of(std::ptr::null()), None);
     }
 
     #[test]

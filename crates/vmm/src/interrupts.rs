@@ -363,4 +363,87 @@ mod tests {
         );
         assert_eq!(counts(&woken), [1, 0]);
     }
+
+    fn ipi(target: Target, delivery: Delivery) -> Action {
+        Action::Ipi(Ipi { target, delivery })
+    }
+
+    #[test]
+    fn init_and_startup_reach_the_cpu_they_name_in_their_order() {
+        let (interrupts, woken) = two();
+
+        interrupts.act(0, ipi(Target::Physical(1), Delivery::Init));
+        interrupts.act(0, ipi(Target::Physical(1), Delivery::Startup(0x99)));
+
+        assert_eq!(counts(&woken), [0, 2]);
+        let taken = [(); 3].map(|()| interrupts.take_signal(1));
+        let expected = [Some(Signal::Init), Some(Signal::Startup(0x99)), None];
+        assert_eq!(taken, expected);
+        assert_eq!(interrupts.take_signal(0), None);
+    }
+
+    #[test]
+    fn an_init_does_away_with_an_earlier_startup_and_nmi() {
+        let (interrupts, _) = two();
+        interrupts.act(0, ipi(Target::Physical(1), Delivery::Startup(1)));
+        interrupts.act(0, ipi(Target::Physical(1), Delivery::Nmi));
+
+        interrupts.act(0, ipi(Target::Physical(1), Delivery::Init));
+
+        assert_eq!(interrupts.take_signal(1), Some(Signal::Init));
+        assert_eq!(interrupts.take_signal(1), None);
+    }
+
+    #[test]
+    fn an_nmi_to_the_others_reaches_them_though_their_apics_are_disabled_by_software() {
+        let (interrupts, _) = two();
+        interrupts.with_lapic(1, |l| l.mmio_write(SVR, &0xff_u32.to_le_bytes(), 0));
+
+        interrupts.act(0, ipi(Target::Others, Delivery::Nmi));
+
+        assert_eq!(interrupts.take_signal(1), Some(Signal::Nmi));
+        assert_eq!(interrupts.take_signal(0), None);
+    }
+
+    #[test]
+    fn an_ipi_to_oneself_reaches_only_the_sender() {
+        let (interrupts, woken) = two();
+
+        interrupts.act(1, ipi(Target::Sender, Delivery::Fixed(0x61)));
+
+        assert_eq!(
+            (pending(&interrupts, 0), pending(&interrupts, 1)),
+            (None, Some(0x61))
+        );
+        assert_eq!(counts(&woken), [0, 1]);
+    }
+
+    #[test]
+    fn a_logical_x2apic_destination_reaches_the_cpus_of_its_cluster_that_it_names() {
+        let interrupts = Interrupts::new(16, &CLOCK);
+        for index in 0..16 {
+            interrupts.with_lapic(index, |lapic| {
+                lapic.set_base(lapic.base() | 1 << 10).unwrap();
+                lapic.msr_write(0x80f, 0x1ff, 0).unwrap();
+            });
+        }
+
+        interrupts.act(
+            3,
+            ipi(
+                Target::Logical(0b1010_0000_0000_0001),
+                Delivery::Fixed(0x71),
+            ),
+        );
+        interrupts.act(
+            3,
+            ipi(Target::Logical(1 << 16 | 0xffff), Delivery::Fixed(0x72)),
+        );
+
+        let reached: Vec<usize> = (0..16)
+            .filter(|index| pending(&interrupts, *index).is_some())
+            .collect();
+        assert_eq!(reached, [0, 13, 15]);
+        assert_eq!(pending(&interrupts, 15), Some(0x71));
+    }
 }

@@ -123,13 +123,7 @@ impl Descriptor {
         if self.kind() & 1 != 0 {
             return Ok(self);
         }
-        let access = self.access() | 1;
-        core.write_linear(
-            bus,
-            self.address.wrapping_add(5),
-            &[access],
-            Privilege::Supervisor,
-        )?;
+        core.set_bits(bus, self.address.wrapping_add(5), 1)?;
         Ok(Self {
             raw: self.raw | 1 << 40,
             ..self
@@ -483,13 +477,7 @@ pub(super) fn ltr(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     };
     let (descriptor, mut segment) = system_segment(core, bus, selector, kinds)?;
     // available to busy
-    let access = descriptor.access() | 2;
-    core.write_linear(
-        bus,
-        descriptor.address.wrapping_add(5),
-        &[access],
-        Privilege::Supervisor,
-    )?;
+    core.set_bits(bus, descriptor.address.wrapping_add(5), 2)?;
     segment.attributes |= 2;
     core.state.tr = segment;
     Ok(())

@@ -7,6 +7,7 @@
 mod boots;
 mod commands;
 mod console;
+mod cpus;
 mod disks;
 mod endings;
 mod guest;

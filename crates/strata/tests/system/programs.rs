@@ -11,6 +11,11 @@ use crate::host::program;
 
 /// Compiles the program `name`, runs it on both sides, and compares.
 fn same_as_on_the_host(name: &str, options: &[&str]) {
+    same_on_cpus(1, name, options);
+}
+
+/// As `same_as_on_the_host`, in a guest with this many vCPUs.
+pub(crate) fn same_on_cpus(cpus: u8, name: &str, options: &[&str]) {
     let directory = tempfile::tempdir().unwrap();
     let content = directory.path().join("content");
     fs::create_dir(&content).unwrap();
@@ -22,7 +27,12 @@ fn same_as_on_the_host(name: &str, options: &[&str]) {
     let (_image_directory, image) = image_of(&content);
     let disk = format!("{},ro", image.to_str().unwrap());
     let script = format!("mount -t ext4 -o ro,noload /dev/vda /mnt && exec /mnt/{name}");
-    let ended = guest_with(&["--disk", &disk], &["sh", "-c", &script], b"").expect(0);
+    let ended = guest_with(
+        &["--cpus", &cpus.to_string(), "--disk", &disk],
+        &["sh", "-c", &script],
+        b"",
+    )
+    .expect(0);
 
     assert_eq!(ended.text(), String::from_utf8(host.stdout).unwrap());
     assert_eq!(ended.stderr, "");
