@@ -84,7 +84,7 @@ pub struct Cpu {
     /// The next block checks every access by itself, since a span's check failed.
     apart: bool,
     /// The control bits that current jump-cache entries were made under.
-    controls: (u64, u64, u64, bool),
+    controls: (u64, u64, u64, bool, bool),
     pub(crate) startup: Startup,
     /// Modes other than those of 64-bit code that blocks were made for, and their tags.
     legacy_modes: HashMap<Mode, u16, BuildFast>,
@@ -128,7 +128,7 @@ impl Cpu {
             alone: false,
             exclusive: false,
             apart: false,
-            controls: (0, 0, 0, false),
+            controls: (0, 0, 0, false, false),
             startup: Startup::default(),
             legacy_modes: HashMap::default(),
             statistics: Statistics::default(),
@@ -466,6 +466,9 @@ impl Cpu {
             aligned: self.core.checks_alignment(),
             single: shape == Shape::Single,
             apart: shape == Shape::Apart,
+            middle: matches!(state.cpl, 1 | 2),
+            smap: state.cr4 & cr4::SMAP != 0,
+            open: self.core.opens_user_pages(),
             legacy: None,
         }
     }
@@ -491,7 +494,7 @@ impl Cpu {
         if !self.core.state.is_long_code() {
             return self.find_legacy_entry(shape);
         }
-        let user = self.core.user();
+        let rights = self.core.current_rights();
         let state = &self.core.state;
         let aligned = self.core.checks_alignment();
         let controls = (
@@ -499,6 +502,8 @@ impl Cpu {
             state.cr4,
             state.xcr0,
             aligned,
+            // these share the jump cache of ring 0
+            matches!(state.cpl, 1 | 2),
         );
         if controls != self.controls {
             // blocks depend on these through their mode, which jump caches do not tell
@@ -506,7 +511,7 @@ impl Cpu {
             self.core.flush_jumps();
         }
         let rip = self.core.state.rip;
-        match self.core.space().jump(jump_table(user, false), rip) {
+        match self.core.space().jump(jump_table(rights, false), rip) {
             Some(entry) if shape == Shape::Whole => Ok(entry),
             _ => Ok(self.find_block(shape)?.1),
         }

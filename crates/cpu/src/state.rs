@@ -10,7 +10,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use crate::bus::Attention;
-use crate::mmu::AddressSpace;
+use crate::mmu::{AddressSpace, TLBS};
 use crate::segmentation::Extent;
 
 /// RFLAGS bits (Intel SDM vol. 1 §3.4.3).
@@ -107,6 +107,8 @@ pub mod cr4 {
     pub const OSXSAVE: u64 = 1 << 18;
     /// Supervisor-mode execution prevention.
     pub const SMEP: u64 = 1 << 20;
+    /// Supervisor-mode access prevention.
+    pub const SMAP: u64 = 1 << 21;
 }
 
 /// `IA32_EFER` bits (Intel SDM vol. 3A §2.2.1).
@@ -313,11 +315,11 @@ pub struct State {
     /// See [`BOUNCE_SIZE`].
     pub(crate) bounce: Bounce,
     /// By kind, as the TLBs are; see [`Window`].
-    pub(crate) windows: [[Window; WINDOWS]; 4],
+    pub(crate) windows: [[Window; WINDOWS]; TLBS],
     /// Which windows are in use, a bit for each.
-    pub(crate) windows_used: [u64; 4],
+    pub(crate) windows_used: [u64; TLBS],
     /// Which of these are of pages that are not global.
-    pub(crate) windows_local: [u64; 4],
+    pub(crate) windows_local: [u64; TLBS],
     /// `IA32_KERNEL_GS_BASE`.
     pub kernel_gs_base: u64,
     /// ES, CS, SS, DS, FS, GS.
@@ -401,9 +403,9 @@ impl State {
             xsave: XsaveArea::INITIAL,
             extents: [Extent::default(); 6],
             bounce: Bounce([0; BOUNCE_SIZE]),
-            windows: [[Window::NONE; WINDOWS]; 4],
-            windows_used: [0; 4],
-            windows_local: [0; 4],
+            windows: [[Window::NONE; WINDOWS]; TLBS],
+            windows_used: [0; TLBS],
+            windows_local: [0; TLBS],
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],
             ldtr: Segment::default(),

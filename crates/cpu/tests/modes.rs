@@ -9,7 +9,7 @@ use std::arch::global_asm;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use strata_cpu::state::{DescriptorTable, Segment, cr0, gpr, segment};
+use strata_cpu::state::{DescriptorTable, Segment, cr0, cr4, efer, gpr, segment};
 use strata_cpu::{Bus, Cpu, Crew, Exit, Waker};
 use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
@@ -423,6 +423,120 @@ fn boot_code_goes_through_every_mode_to_64_bit_code() {
             0xc0de,
             0x08, // 64-bit code and back
         ],
+        "{words:x?}"
+    );
+}
+
+/// Runs 64-bit guest code in ring 0, with `cr4` beside what paging needs. The first 2 MiB are
+/// the supervisor's, the next ring 3's. #PF and #DB have their handlers 64 and 128 bytes
+/// into the code.
+fn run_long(code: &[u8], cr4: u64) -> (Vec<u32>, Exit) {
+    const PAGES: u64 = 0x1000;
+    const IDT: u64 = 0x4000;
+    const GDT: u64 = 0x5000;
+    let memory = GuestMemory::new(16 << 20).unwrap();
+    let put = |address: u64, value: u64| {
+        let ram = memory.ram();
+        ram.write_obj(value, GuestAddress(address)).unwrap();
+    };
+    put(PAGES, (PAGES + 0x1000) | 7);
+    put(PAGES + 0x1000, (PAGES + 0x2000) | 7);
+    put(PAGES + 0x2000, 0x83);
+    put(PAGES + 0x2008, 0x20_0087);
+    for (vector, handler) in [(14, BASE + 64), (1, BASE + 128)] {
+        put(IDT + vector * 16, 8 << 16 | 0x8e00 << 32 | handler);
+    }
+    put(GDT + 8, 0x00af_9b00_0000_ffff);
+    memory.ram().write_slice(code, GuestAddress(BASE)).unwrap();
+    let mut cpu = Cpu::new(&Crew::new(memory, 1), 0, 1_000_000).unwrap();
+    let state = cpu.state_mut();
+    state.segments[segment::CS].selector = 8;
+    state.segments[segment::CS].attributes = 0xa09b;
+    (state.gdtr.base, state.gdtr.limit) = (GDT, 0xf);
+    (state.idtr.base, state.idtr.limit) = (IDT, 0xfff);
+    state.cr0 = cr0::ET | cr0::PE | cr0::PG | cr0::WP;
+    state.cr3 = PAGES;
+    state.cr4 = cr4::PAE | cr4;
+    state.efer = efer::LME | efer::LMA;
+    state.rip = BASE;
+    state.gpr[gpr::RSP] = 0x7000;
+    cpu.reset_translations();
+    let stop = AtomicBool::new(false);
+    let bus = Reports {
+        words: RefCell::default(),
+        stop: &stop,
+        waker: cpu.waker(),
+    };
+    let exit = cpu.run(&stop, &bus);
+    (bus.words.into_inner(), exit)
+}
+
+guest!(
+    access_prevention,
+    access_prevention_end,
+    "jmp 1f",
+    ".balign 64",
+    // reports the error code and goes on at R15
+    "popq %rax",
+    "outl %eax, $0x10",
+    "movq %r15, (%rsp)",
+    "iretq",
+    ".balign 64",
+    "ud2",
+    "1: movl $0x200000, %ebx",
+    "leaq 2f(%rip), %r15",
+    "movl (%rbx), %eax", // faults
+    "2: stac",
+    "movl $7, (%rbx)",
+    "movl (%rbx), %eax",
+    "outl %eax, $0x10",
+    // AC outlives branches of every kind
+    "movl $3, %ecx",
+    "3: addl $1, (%rbx)",
+    "decl %ecx",
+    "jnz 3b",
+    "leaq 4f(%rip), %rdx",
+    "jmp *%rdx",
+    "4: call 5f",
+    "movl (%rbx), %eax",
+    "outl %eax, $0x10",
+    "clac",
+    "leaq 6f(%rip), %r15",
+    "call 5f", // faults on the same code
+    "6: popq %rax",
+    "leaq 7f(%rip), %r15",
+    "movl $1, (%rbx)", // a write
+    "7: pushfq",
+    "orl $0x40000, (%rsp)",
+    "popfq",
+    "movl (%rbx), %eax",
+    "outl %eax, $0x10",
+    // what the processor does by itself is not open
+    "leaq 8f(%rip), %r15",
+    "movl $0x5a, %eax",
+    "movl %eax, 8(%rbx)",
+    "clac",
+    "leaq 8f(%rip), %r15",
+    "jmp *%rbx", // SMEP
+    "8: outb %al, $0xf4",
+    ".balign 64",
+    "5: addl $0x10, (%rbx)",
+    "ret",
+);
+
+#[test]
+fn smap_and_smep_keep_the_supervisor_from_pages_of_ring_3() {
+    let code = code!(access_prevention, access_prevention_end);
+
+    let (words, exit) = run_long(code, cr4::SMAP | cr4::SMEP);
+
+    assert_eq!(exit, Exit::Stopped, "{words:x?}");
+    let read = 1; // P
+    let write = 3; // P, W
+    let fetch = 0x11; // P, I
+    assert_eq!(
+        words,
+        [read, 7, 7 + 3 + 0x10, write, write, 7 + 3 + 0x10, fetch],
         "{words:x?}"
     );
 }

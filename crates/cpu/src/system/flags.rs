@@ -59,6 +59,19 @@ pub(super) fn sti(core: &mut Core) -> Done {
     Ok(())
 }
 
+/// STAC, CLAC.
+pub(super) fn set_ac(core: &mut Core, on: bool) -> Done {
+    if core.state.cpl != 0 || core.state.is_virtual_8086() {
+        return Err(Exception::undefined());
+    }
+    if on {
+        core.state.system_flags |= rflags::AC;
+    } else {
+        core.state.system_flags &= !rflags::AC;
+    }
+    Ok(())
+}
+
 pub(super) fn pushf(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
     real::require_iopl(core)?;
     let image = core.state.rflags() & !(rflags::VM | rflags::RF);

@@ -120,6 +120,7 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Mov => mov(core, bus, instr),
         M::Cli => flags::cli(core),
         M::Sti => flags::sti(core),
+        M::Stac | M::Clac => flags::set_ac(core, instr.mnemonic() == M::Stac),
         M::Pushf | M::Pushfd | M::Pushfq => flags::pushf(core, bus, instr),
         M::Popf | M::Popfd | M::Popfq => flags::popf(core, bus, instr),
         M::Cpuid => {

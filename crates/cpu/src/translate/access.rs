@@ -22,6 +22,7 @@ use iced_x86::{Instruction, Register};
 use super::asm::{Alu, RAX, Reg, T0, T1, cc};
 use super::lower::{Flags, Lower, Site, meta};
 use super::thunks::{slow_index, window_offset};
+use crate::mmu::Rights;
 use crate::state::{WINDOWS, state_offset};
 
 /// Where a checked access is done: `[base + T1 + disp]`.
@@ -59,6 +60,7 @@ pub(super) struct Stub {
     branch: usize,
     meta: u32,
     store: bool,
+    rights: Rights,
     /// T0 is less by the window's start.
     recover: bool,
     /// Where the check has passed.
@@ -192,7 +194,7 @@ impl Lower<'_> {
         debug_assert!(self.flags == Flags::Ax);
         let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
-        let at = window_offset(self.mode.user, store) + (window * size_of_window()) as i32;
+        let at = window_offset(self.rights, store) + (window * size_of_window()) as i32;
         let direct = place.base != T0;
         let a = &mut self.asm;
         if direct {
@@ -215,6 +217,7 @@ impl Lower<'_> {
             branch,
             meta: size | what | window << meta::WINDOW_SHIFT,
             store,
+            rights: self.rights,
             recover: direct && !always_slow,
             resume: a.len(),
             body: None,
@@ -235,14 +238,14 @@ impl Lower<'_> {
             host: here,
             ..stub.site
         });
-        let user = self.mode.user;
+        let rights = stub.rights;
         if stub.recover {
             let window = (stub.meta >> meta::WINDOW_SHIFT) * size_of_window();
-            let at = window_offset(user, stub.store) + window as i32;
+            let at = window_offset(rights, stub.store) + window as i32;
             self.asm.alu_gs(Alu::Add, T0, at);
         }
         self.asm.push_imm(stub.meta);
-        let index = slow_index(user, stub.store);
+        let index = slow_index(rights, stub.store);
         let thunk = if self.mode.single || self.mode.aligned {
             self.thunks.slow_always[index]
         } else {

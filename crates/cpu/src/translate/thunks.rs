@@ -8,7 +8,7 @@ use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
 };
 use super::lower::meta;
-use crate::mmu::{AddressSpace, HOST_GLOBAL, TLB_ENTRIES, TlbEntry, tlb_number};
+use crate::mmu::{AddressSpace, HOST_GLOBAL, Rights, TLB_ENTRIES, TLBS, TlbEntry, tlb_number};
 use crate::state::{WINDOWS, Window, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
@@ -70,24 +70,24 @@ pub(crate) struct Thunks {
     pub(crate) fpu_load: u64,
     pub(crate) commit: u64,
     /// Slow path of an access, through the TLB first. Indexed by [`slow_index`].
-    pub(crate) slow: [u64; 4],
+    pub(crate) slow: [u64; TLBS],
     /// The same without the TLB.
-    pub(crate) slow_always: [u64; 4],
+    pub(crate) slow_always: [u64; TLBS],
 }
 
 /// Which slow thunk.
-pub(crate) fn slow_index(user: bool, store: bool) -> usize {
-    tlb_number(user, store)
+pub(crate) fn slow_index(rights: Rights, store: bool) -> usize {
+    tlb_number(rights, store)
 }
 
 /// Offset of the windows that an access may go through, in the state block.
-pub(crate) fn window_offset(user: bool, store: bool) -> i32 {
-    state_offset!(windows) + (tlb_number(user, store) * size_of::<[Window; WINDOWS]>()) as i32
+pub(crate) fn window_offset(rights: Rights, store: bool) -> i32 {
+    state_offset!(windows) + (tlb_number(rights, store) * size_of::<[Window; WINDOWS]>()) as i32
 }
 
 /// Offset of the tag that an access compares, in the address space.
-fn tag_offset(user: bool, store: bool) -> i32 {
-    let table = tlb_number(user, store) * size_of::<[TlbEntry; TLB_ENTRIES]>();
+fn tag_offset(rights: Rights, store: bool) -> i32 {
+    let table = tlb_number(rights, store) * size_of::<[TlbEntry; TLB_ENTRIES]>();
     (std::mem::offset_of!(AddressSpace, tlb) + table + std::mem::offset_of!(TlbEntry, tag)) as i32
 }
 
@@ -179,11 +179,11 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     a.jmp(leave);
     thunks.fpu_load = fpu_load(a, mask);
     thunks.commit = commit(a, mask, callbacks.commit);
-    for user in [false, true] {
+    for rights in Rights::ALL {
         for store in [false, true] {
-            let index = slow_index(user, store);
+            let index = slow_index(rights, store);
             thunks.slow[index] = a.here();
-            through_tlb(a, user, store);
+            through_tlb(a, rights, store);
             thunks.slow_always[index] = slow(a, mask, callbacks.access, leave);
         }
     }
@@ -248,16 +248,16 @@ fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
 
 /// Looks an access up in the TLB, and if it is there fills its window and returns. Falls
 /// through otherwise. In and out as `slow`.
-fn through_tlb(a: &mut Asm, user: bool, store: bool) {
+fn through_tlb(a: &mut Asm, rights: Rights, store: bool) {
     let entry = size_of::<TlbEntry>();
-    let tag = tag_offset(user, store);
+    let tag = tag_offset(rights, store);
     let host = tag + std::mem::offset_of!(TlbEntry, host) as i32
         - std::mem::offset_of!(TlbEntry, tag) as i32;
     a.push(RAX);
     a.push(RCX);
     a.mov(T1, T0);
     a.shift(5, T1, 12);
-    if !user {
+    if rights != Rights::User {
         a.mov(RAX, T1);
         a.shift(5, RAX, TLB_ENTRIES.trailing_zeros() as u8);
         a.alu(Alu::Xor, T1, RAX);
@@ -277,7 +277,7 @@ fn through_tlb(a: &mut Asm, user: bool, store: bool) {
     let crosses = a.jcc_forward(cc::A);
     a.raw(&[0x8b, 0x4c, 0x24, 24]);
     a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
-    fill_window(a, tlb_number(user, store), tag, host);
+    fill_window(a, tlb_number(rights, store), tag, host);
     a.pop(RCX);
     a.pop(RAX);
     a.raw(&[0xc2, 8, 0]); // ret 8

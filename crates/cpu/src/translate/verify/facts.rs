@@ -6,7 +6,7 @@ use std::mem::{offset_of, size_of};
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register, UsedRegister};
 
 use super::Code64;
-use crate::mmu::{AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry};
+use crate::mmu::{AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry, TLBS};
 use crate::state::{WINDOWS, Window, state_offset};
 use crate::translate::lower::meta;
 
@@ -419,7 +419,7 @@ fn gs_constant(i: &Instruction) -> Option<i64> {
 /// Where in the windows an offset of the state block is.
 fn in_windows(at: i64) -> Option<i64> {
     let from = at - i64::from(state_offset!(windows));
-    let size = size_of::<[[Window; WINDOWS]; 4]>() as i64;
+    let size = size_of::<[[Window; WINDOWS]; TLBS]>() as i64;
     (0..size).contains(&from).then_some(from)
 }
 
