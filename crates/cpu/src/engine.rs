@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Mnemonic};
+use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use strata_memory::PAGE_SIZE;
 
 use crate::Error;
@@ -83,6 +83,8 @@ pub struct Cpu {
     exclusive: bool,
     /// The next block checks every access by itself, since a span's check failed.
     apart: bool,
+    /// #DB waits: SS was loaded.
+    debug_held: bool,
     /// The control bits that current jump-cache entries were made under.
     controls: (u64, u64, u64, bool, bool),
     pub(crate) startup: Startup,
@@ -128,6 +130,7 @@ impl Cpu {
             alone: false,
             exclusive: false,
             apart: false,
+            debug_held: false,
             controls: (0, 0, 0, false, false),
             startup: Startup::default(),
             legacy_modes: HashMap::default(),
@@ -250,7 +253,11 @@ impl Cpu {
         }
         let trap = self.core.state.rflags() & rflags::TF != 0;
         let apart = std::mem::take(&mut self.apart);
-        let single = trap || std::mem::take(&mut self.alone);
+        let watched = self.core.breakpoints_enabled();
+        if watched && self.meets_breakpoint() {
+            return self.deliver(bus, Exception::new(vector::DB));
+        }
+        let single = trap || watched || std::mem::take(&mut self.alone);
         let shape = match (single, apart) {
             (true, _) => Shape::Single,
             (false, true) => Shape::Apart,
@@ -297,11 +304,32 @@ impl Cpu {
             }
             Leave::HostFault => return self.host_fault(bus),
         };
-        (trap
-            && done
-            && leave != Leave::Attention
-            && system::deliver_single_step(&mut self.core, bus).is_err())
-        .then(|| self.undelivered())
+        if done && leave != Leave::Attention {
+            return self.debug_trap(bus, trap);
+        }
+        None
+    }
+
+    /// Whether an instruction breakpoint faults before the next instruction; notes which.
+    fn meets_breakpoint(&mut self) -> bool {
+        if std::mem::take(&mut self.debug_held) {
+            return false;
+        }
+        self.core.debug_hits = 0;
+        let hits = self.core.instruction_hits();
+        self.core.state.dr[4] |= hits;
+        hits != 0
+    }
+
+    /// After an instruction: #DB if it ran with TF set or hit a breakpoint.
+    fn debug_trap(&mut self, bus: &dyn Bus, trap: bool) -> Option<Exit> {
+        let hits = std::mem::take(&mut self.core.debug_hits);
+        if !trap && hits == 0 {
+            return None;
+        }
+        system::deliver_debug_trap(&mut self.core, bus, hits, trap)
+            .is_err()
+            .then(|| self.undelivered())
     }
 
     fn deliver(&mut self, bus: &dyn Bus, exception: Exception) -> Option<Exit> {
@@ -345,8 +373,12 @@ impl Cpu {
             Err(_) if self.core.fatal.is_some() => return Some(self.undelivered()),
             Err(exception) => return self.deliver(bus, exception),
         }
-        (trap && !entered && system::deliver_single_step(&mut self.core, bus).is_err())
-            .then(|| self.undelivered())
+        if loads_stack(&instruction) {
+            // #DB waits for the next instruction (Intel SDM vol. 3A §6.8.3)
+            self.debug_held = self.core.breakpoints_enabled();
+            return None;
+        }
+        self.debug_trap(bus, trap && !entered)
     }
 
     /// After an indirect branch that found no block: a target that is not canonical is the
@@ -824,6 +856,7 @@ impl Cpu {
         {
             return Err(Exception::general_protection(0));
         }
+        self.core.watch_data(address, size, store);
         self.core.check_alignment(address, size)?;
         let first = size.min(PAGE_SIZE - address % PAGE_SIZE);
         let parts = [
@@ -925,6 +958,13 @@ enum Shape {
     Apart,
     /// One instruction.
     Single,
+}
+
+/// MOV SS and POP SS.
+fn loads_stack(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op0_register() == Register::SS
 }
 
 /// Where a slow access is done.

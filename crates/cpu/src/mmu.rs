@@ -412,6 +412,8 @@ pub(crate) struct Core {
     /// All translated code must be.
     pub(crate) all_stale: bool,
     pub(crate) seat: Seat,
+    /// Breakpoints that the current instruction hit: bits of DR6.
+    pub(crate) debug_hits: u64,
     /// Set where the guest wants what this CPU does not do: says what.
     pub(crate) fatal: Option<&'static str>,
     spaces: Vec<Box<AddressSpace>>,
@@ -431,6 +433,7 @@ impl Core {
             stale: Vec::new(),
             all_stale: false,
             seat,
+            debug_hits: 0,
             fatal: None,
             spaces: Vec::new(),
             clock: 0,
@@ -849,6 +852,9 @@ impl Core {
         privilege: Privilege,
     ) -> Result<(), Exception> {
         Self::require_canonical_end(linear, data.len() as u64)?;
+        if privilege == Privilege::Current {
+            self.watch_data(linear, data.len() as u64, false);
+        }
         let mut done = 0;
         while done < data.len() {
             let at = linear.wrapping_add(done as u64);
@@ -894,6 +900,9 @@ impl Core {
     ) -> Result<(), Exception> {
         if linear % PAGE_SIZE + data.len() as u64 > PAGE_SIZE {
             self.probe_write(linear, data.len() as u64, privilege)?;
+        }
+        if privilege == Privilege::Current {
+            self.watch_data(linear, data.len() as u64, true);
         }
         let mut done = 0;
         while done < data.len() {

@@ -164,6 +164,15 @@ impl State {
         })
     }
 
+    /// The linear address of the instruction at RIP.
+    pub(crate) fn code_address(&self) -> u64 {
+        if self.is_long_code() {
+            return self.rip;
+        }
+        let base = self.segments[index::CS].base as u32;
+        u64::from(base.wrapping_add(self.rip as u32))
+    }
+
     /// Whether stack operations outside of 64-bit mode use ESP, not SP.
     pub(crate) fn has_big_stack(&self) -> bool {
         self.segments[index::SS].attributes & attribute::BIG != 0

@@ -33,6 +33,14 @@ pub(super) fn set(core: &mut Core, value: u64, mask: u64) {
     core.state.set_rflags(new);
 }
 
+/// RF as IRET with `size` bytes loads it: it holds off the instruction breakpoint of the next
+/// instruction, and is kept only where there may be one.
+pub(super) fn set_resume(core: &mut Core, value: u64, size: usize) {
+    if size > 2 && core.breakpoints_enabled() {
+        core.state.system_flags |= value & rflags::RF;
+    }
+}
+
 impl Core {
     /// Whether CPL is at most IOPL.
     pub(super) fn io_allowed_by_iopl(&self) -> bool {

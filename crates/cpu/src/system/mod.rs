@@ -50,7 +50,7 @@ use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::Core;
 
-pub(crate) use deliver::{TripleFault, deliver_exception, deliver_interrupt, deliver_single_step};
+pub(crate) use deliver::{TripleFault, deliver_debug_trap, deliver_exception, deliver_interrupt};
 pub(crate) use fpu::fpu_exception;
 
 /// What the caller of [`execute`] does next.

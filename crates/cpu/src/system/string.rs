@@ -263,6 +263,7 @@ impl Job {
         elements: u64,
     ) -> Result<Option<*mut u8>, Exception> {
         core.check_alignment(linear, self.size)?;
+        core.watch_data(self.lowest(linear, elements), elements * self.size, true);
         let lowest = self.lowest(linear, elements);
         let target = core.target(lowest, Kind::Write, Privilege::Current);
         match target.map_err(|e| Self::at_element(e, linear))? {
@@ -289,6 +290,7 @@ impl Job {
         elements: u64,
     ) -> Result<Option<*const u8>, Exception> {
         core.check_alignment(linear, self.size)?;
+        core.watch_data(self.lowest(linear, elements), elements * self.size, false);
         let lowest = self.lowest(linear, elements);
         let target = core.target(lowest, Kind::Read, Privilege::Current);
         match target.map_err(|e| Self::at_element(e, linear))? {
@@ -470,6 +472,7 @@ impl Job {
         let to = self.destination(core);
         core.check_alignment(to, self.size)?;
         core.probe_write(to, self.size, Privilege::Current)?;
+        core.watch_port(port, self.size as u8);
         let value = bus.port_read(port, self.size as u8);
         core.check_interrupts = true;
         self.write(core, bus, to, u64::from(value))?;
@@ -482,6 +485,7 @@ impl Job {
         io::require_ports(core, bus, port, self.size as u8)?;
         let from = self.source(core);
         let value = self.read(core, bus, from)?;
+        core.watch_port(port, self.size as u8);
         bus.port_write(port, self.size as u8, value as u32);
         core.check_interrupts = true;
         self.advance(core, gpr::RSI, 1);
@@ -490,7 +494,7 @@ impl Job {
 
     /// Most elements in one call. One when single-stepping: #DB comes after each.
     fn budget(&self, core: &Core) -> u64 {
-        if core.state.system_flags & rflags::TF != 0 {
+        if core.state.system_flags & rflags::TF != 0 || core.breakpoints_enabled() {
             return 1;
         }
         match self.operation {
