@@ -31,6 +31,7 @@ use crate::state::{BOUNCE_SIZE, State, cr0, cr4, gpr, rflags};
 use crate::system::{self, Flow};
 use crate::translate::asm::Asm;
 use crate::translate::cache::CodeCache;
+use crate::translate::legacy::FAULT_WAITS;
 use crate::translate::lower::{ATTENTION_CHECK, Flags, Mode, Tools, meta};
 use crate::translate::thunks::{self, Callbacks, Leave, Thunks};
 use crate::translate::{Source, translate};
@@ -299,8 +300,12 @@ impl Cpu {
                 None => false,
             },
             Leave::Fault => {
-                let vector = self.core.state.temp[0] as u8;
-                return self.deliver(bus, Exception::with_code(vector, 0));
+                let word = self.core.state.temp[0];
+                let mut exception = Exception::with_code(word as u8, 0);
+                if word & FAULT_WAITS != 0 && self.core.state.x87_pending() {
+                    exception = Exception::new(vector::MF);
+                }
+                return self.deliver(bus, exception);
             }
             Leave::HostFault => return self.host_fault(bus),
         };

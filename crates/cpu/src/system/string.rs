@@ -154,22 +154,37 @@ impl Job {
         };
     }
 
-    /// Outside of 64-bit mode: checks the next element of each operand.
-    fn check_segments(&self, core: &Core) -> Result<(), Exception> {
+    /// Outside of 64-bit mode: checks the next element of each operand, in the order in which
+    /// they are accessed: of the second, the first one's own faults go before.
+    fn check_segments(&self, core: &mut Core) -> Result<(), Exception> {
         use Operation as O;
         if !self.legacy {
             return Ok(());
         }
         let offset = |register: usize| (core.state.gpr[register] & self.mask) as u32;
-        if !matches!(self.operation, O::Store | O::Scan | O::Input) {
-            let number = register_index(self.source);
-            core.check_segment(number, offset(gpr::RSI), self.size, false)?;
+        let source = (register_index(self.source), offset(gpr::RSI), false);
+        let target = (index::ES, offset(gpr::RDI), false);
+        let store = (index::ES, offset(gpr::RDI), true);
+        let (first, second) = match self.operation {
+            O::Move => (source, Some(store)),
+            O::Compare => (target, Some(source)),
+            O::Load | O::Output => (source, None),
+            O::Scan => (target, None),
+            O::Store | O::Input => (store, None),
+        };
+        let check =
+            |core: &Core, (number, at, store)| core.check_segment(number, at, self.size, store);
+        let linear = check(core, first)?;
+        let Some(Err(fault)) = second.map(|operand| check(core, operand)) else {
+            return Ok(());
+        };
+        core.check_alignment(linear, self.size)?;
+        core.target(linear, Kind::Read, Privilege::Current)?;
+        if linear % PAGE_SIZE + self.size > PAGE_SIZE {
+            let next = core.wrap((linear | (PAGE_SIZE - 1)).wrapping_add(1));
+            core.target(next, Kind::Read, Privilege::Current)?;
         }
-        if !matches!(self.operation, O::Load | O::Output) {
-            let store = !matches!(self.operation, O::Compare | O::Scan);
-            core.check_segment(index::ES, offset(gpr::RDI), self.size, store)?;
-        }
-        Ok(())
+        Err(fault)
     }
 
     fn advance(&self, core: &mut Core, register: usize, elements: u64) {

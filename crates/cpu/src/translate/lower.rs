@@ -198,6 +198,8 @@ pub(crate) struct Lower<'a> {
     /// Indirect calls to non-canonical addresses.
     far_faults: Vec<(usize, Instruction)>,
     pub(super) segment_faults: Vec<SegmentFault>,
+    /// The instruction reports pending x87 exceptions before segment faults.
+    pub(super) fault_waits: bool,
     /// What the address of the next access adds to its word for the slow path.
     pub(super) wraps: u32,
     entry: usize,
@@ -243,6 +245,7 @@ impl<'a> Lower<'a> {
             misses: Vec::new(),
             far_faults: Vec::new(),
             segment_faults: Vec::new(),
+            fault_waits: false,
             wraps: 0,
             entry: 0,
         }
