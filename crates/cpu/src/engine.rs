@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Mnemonic};
+use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use strata_memory::PAGE_SIZE;
 
 use crate::Error;
@@ -31,6 +31,7 @@ use crate::state::{BOUNCE_SIZE, State, cr0, cr4, gpr, rflags};
 use crate::system::{self, Flow};
 use crate::translate::asm::Asm;
 use crate::translate::cache::CodeCache;
+use crate::translate::legacy::FAULT_WAITS;
 use crate::translate::lower::{ATTENTION_CHECK, Flags, Mode, Tools, meta};
 use crate::translate::thunks::{self, Callbacks, Leave, Thunks};
 use crate::translate::{Source, translate};
@@ -85,8 +86,10 @@ pub struct Cpu {
     exclusive: bool,
     /// The next block checks every access by itself, since a span's check failed.
     apart: bool,
+    /// #DB waits: SS was loaded.
+    debug_held: bool,
     /// The control bits that current jump-cache entries were made under.
-    controls: (u64, u64, u64, bool),
+    controls: (u64, u64, u64, bool, bool),
     pub(crate) startup: Startup,
     /// Modes other than those of 64-bit code that blocks were made for, and their tags.
     legacy_modes: HashMap<Mode, u16, BuildFast>,
@@ -131,7 +134,8 @@ impl Cpu {
             alone: false,
             exclusive: false,
             apart: false,
-            controls: (0, 0, 0, false),
+            debug_held: false,
+            controls: (0, 0, 0, false, false),
             startup: Startup::default(),
             legacy_modes: HashMap::default(),
             statistics: Statistics::default(),
@@ -253,7 +257,11 @@ impl Cpu {
         }
         let trap = self.core.state.rflags() & rflags::TF != 0;
         let apart = std::mem::take(&mut self.apart);
-        let single = trap || std::mem::take(&mut self.alone);
+        let watched = self.core.breakpoints_enabled();
+        if watched && self.meets_breakpoint() {
+            return self.deliver(bus, Exception::new(vector::DB));
+        }
+        let single = trap || watched || std::mem::take(&mut self.alone);
         let shape = match (single, apart) {
             (true, _) => Shape::Single,
             (false, true) => Shape::Apart,
@@ -299,16 +307,41 @@ impl Cpu {
                 None => false,
             },
             Leave::Fault => {
-                let vector = self.core.state.temp[0] as u8;
-                return self.deliver(bus, Exception::with_code(vector, 0));
+                let word = self.core.state.temp[0];
+                let mut exception = Exception::with_code(word as u8, 0);
+                if word & FAULT_WAITS != 0 && self.core.state.x87_pending() {
+                    exception = Exception::new(vector::MF);
+                }
+                return self.deliver(bus, exception);
             }
             Leave::HostFault => return self.host_fault(bus),
         };
-        (trap
-            && done
-            && leave != Leave::Attention
-            && system::deliver_single_step(&mut self.core, bus).is_err())
-        .then(|| self.undelivered())
+        if done && leave != Leave::Attention {
+            return self.debug_trap(bus, trap);
+        }
+        None
+    }
+
+    /// Whether an instruction breakpoint faults before the next instruction; notes which.
+    fn meets_breakpoint(&mut self) -> bool {
+        if std::mem::take(&mut self.debug_held) {
+            return false;
+        }
+        self.core.debug_hits = 0;
+        let hits = self.core.instruction_hits();
+        self.core.state.dr[4] |= hits;
+        hits != 0
+    }
+
+    /// After an instruction: #DB if it ran with TF set or hit a breakpoint.
+    fn debug_trap(&mut self, bus: &dyn Bus, trap: bool) -> Option<Exit> {
+        let hits = std::mem::take(&mut self.core.debug_hits);
+        if !trap && hits == 0 {
+            return None;
+        }
+        system::deliver_debug_trap(&mut self.core, bus, hits, trap)
+            .is_err()
+            .then(|| self.undelivered())
     }
 
     fn deliver(&mut self, bus: &dyn Bus, exception: Exception) -> Option<Exit> {
@@ -352,8 +385,12 @@ impl Cpu {
             Err(_) if self.core.fatal.is_some() => return Some(self.undelivered()),
             Err(exception) => return self.deliver(bus, exception),
         }
-        (trap && !entered && system::deliver_single_step(&mut self.core, bus).is_err())
-            .then(|| self.undelivered())
+        if loads_stack(&instruction) {
+            // #DB waits for the next instruction (Intel SDM vol. 3A §6.8.3)
+            self.debug_held = self.core.breakpoints_enabled();
+            return None;
+        }
+        self.debug_trap(bus, trap && !entered)
     }
 
     /// After an indirect branch that found no block: a target that is not canonical is the
@@ -472,6 +509,9 @@ impl Cpu {
             aligned: self.core.checks_alignment(),
             single: shape == Shape::Single,
             apart: shape == Shape::Apart,
+            middle: matches!(state.cpl, 1 | 2),
+            smap: state.cr4 & cr4::SMAP != 0,
+            open: self.core.opens_user_pages(),
             legacy: None,
         }
     }
@@ -497,7 +537,7 @@ impl Cpu {
         if !self.core.state.is_long_code() {
             return self.find_legacy_entry(shape);
         }
-        let user = self.core.user();
+        let rights = self.core.current_rights();
         let state = &self.core.state;
         let aligned = self.core.checks_alignment();
         let controls = (
@@ -505,6 +545,8 @@ impl Cpu {
             state.cr4,
             state.xcr0,
             aligned,
+            // these share the jump cache of ring 0
+            matches!(state.cpl, 1 | 2),
         );
         if controls != self.controls {
             // blocks depend on these through their mode, which jump caches do not tell
@@ -512,7 +554,7 @@ impl Cpu {
             self.core.flush_jumps();
         }
         let rip = self.core.state.rip;
-        match self.core.space().jump(jump_table(user, false), rip) {
+        match self.core.space().jump(jump_table(rights, false), rip) {
             Some(entry) if shape == Shape::Whole => Ok(entry),
             _ => Ok(self.find_block(shape)?.1),
         }
@@ -568,7 +610,7 @@ impl Cpu {
                 code: entry,
             };
             let table = if mode.apart {
-                apart_table(mode.user)
+                apart_table(mode.rights())
             } else {
                 mode.jumps()
             };
@@ -827,6 +869,7 @@ impl Cpu {
         {
             return Err(Exception::general_protection(0));
         }
+        self.core.watch_data(address, size, store);
         self.core.check_alignment(address, size)?;
         let first = size.min(PAGE_SIZE - address % PAGE_SIZE);
         let parts = [
@@ -933,6 +976,13 @@ enum Shape {
     Apart,
     /// One instruction.
     Single,
+}
+
+/// MOV SS and POP SS.
+fn loads_stack(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op0_register() == Register::SS
 }
 
 /// Where a slow access is done.

@@ -12,6 +12,7 @@
 //! own, knows of no device and never opens /dev/kvm.
 
 mod blocks;
+mod breakpoints;
 mod bus;
 mod crew;
 mod engine;

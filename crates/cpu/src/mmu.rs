@@ -27,7 +27,7 @@ pub(crate) const TLB_ENTRIES: usize = 4096;
 /// Entries of one jump cache.
 pub(crate) const JUMP_ENTRIES: usize = 16384;
 /// Jump caches of an address space; see [`jump_table`].
-pub(crate) const JUMP_TABLES: usize = 6;
+pub(crate) const JUMP_TABLES: usize = 8;
 /// What a linear address is multiplied with to find its line in a jump cache.
 pub(crate) const JUMP_HASH: u32 = 0x5bd1_e995;
 /// How far the product is then shifted right.
@@ -96,19 +96,46 @@ type LineInfo = u16;
 /// The page is global.
 const GLOBAL: LineInfo = 1 << 8;
 
-/// Which of a space's TLBs serves an access.
-pub(crate) const fn tlb_number(user: bool, store: bool) -> usize {
-    (user as usize) << 1 | store as usize
+/// Whose rights to pages an access has. The number is that of its TLBs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rights {
+    /// The supervisor's, less ring 3's pages where SMAP protects them.
+    Supervisor = 0,
+    /// Ring 3's.
+    User = 1,
+    /// The supervisor's under SMAP, with RFLAGS.AC set: ring 3's pages too.
+    Open = 2,
 }
 
-/// Which of a space's jump caches leads to blocks for the ring, of 64-bit code or not.
-pub(crate) const fn jump_table(user: bool, legacy: bool) -> usize {
-    (legacy as usize) << 1 | user as usize
+impl Rights {
+    /// All of them.
+    pub(crate) const ALL: [Self; 3] = [Self::Supervisor, Self::User, Self::Open];
+
+    fn is_user(self) -> bool {
+        self == Self::User
+    }
+}
+
+/// The TLBs of an address space, and the kinds of windows.
+pub(crate) const TLBS: usize = 6;
+
+/// Which of a space's TLBs serves an access.
+pub(crate) const fn tlb_number(rights: Rights, store: bool) -> usize {
+    (rights as usize) << 1 | store as usize
+}
+
+/// Which of a space's jump caches leads to blocks with these rights, of 64-bit code or not.
+pub(crate) const fn jump_table(rights: Rights, legacy: bool) -> usize {
+    match (rights, legacy) {
+        (Rights::Open, false) => 4,
+        (Rights::User, _) => (legacy as usize) << 1 | 1,
+        _ => (legacy as usize) << 1,
+    }
 }
 
 /// As [`jump_table`], for blocks of 64-bit code that check every access by itself.
-pub(crate) const fn apart_table(user: bool) -> usize {
-    4 + user as usize
+pub(crate) const fn apart_table(rights: Rights) -> usize {
+    5 + rights as usize
 }
 
 /// A tag that no address with the given index can match.
@@ -154,10 +181,10 @@ impl Filled {
 /// unlucky distance does not fight over lines.
 #[repr(C, align(64))]
 pub(crate) struct AddressSpace {
-    pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; 4],
+    pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; TLBS],
     pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; JUMP_TABLES],
-    info: [[LineInfo; TLB_ENTRIES]; 4],
-    tlb_filled: [Filled; 4],
+    info: [[LineInfo; TLB_ENTRIES]; TLBS],
+    tlb_filled: [Filled; TLBS],
     jumps_filled: [Filled; JUMP_TABLES],
     pcid: Option<u64>,
     last_used: u64,
@@ -181,9 +208,13 @@ pub(crate) fn jump_index(pc: u64) -> usize {
 /// The index of a linear address in a TLB. The supervisor's is folded: its few hot pages
 /// (stacks, per-CPU data, kernel data) lie in places whose low address bits often agree.
 /// Ring 3 does without, where the two instructions more would be felt.
-fn tlb_index(linear: u64, user: bool) -> usize {
+fn tlb_index(linear: u64, rights: Rights) -> usize {
     let page = linear / PAGE_SIZE;
-    let folded = if user { page } else { page ^ page >> 12 };
+    let folded = if rights.is_user() {
+        page
+    } else {
+        page ^ page >> 12
+    };
     folded as usize % TLB_ENTRIES
 }
 
@@ -289,7 +320,7 @@ impl AddressSpace {
                     .any(|set| !set.is_empty() && set.contains(key))
             });
         for (number, table) in self.tlb.iter_mut().enumerate() {
-            let index = tlb_index(linear, number >= tlb_number(true, false));
+            let index = tlb_index(linear, Rights::ALL[number / 2]);
             if table[index].tag == page {
                 table[index].tag = invalid_tag(index);
             }
@@ -383,6 +414,8 @@ pub(crate) struct Core {
     /// All translated code must be.
     pub(crate) all_stale: bool,
     pub(crate) seat: Seat,
+    /// Breakpoints that the current instruction hit: bits of DR6.
+    pub(crate) debug_hits: u64,
     /// Set where the guest wants what this CPU does not do: says what.
     pub(crate) fatal: Option<&'static str>,
     spaces: Vec<Box<AddressSpace>>,
@@ -402,6 +435,7 @@ impl Core {
             stale: Vec::new(),
             all_stale: false,
             seat,
+            debug_hits: 0,
             fatal: None,
             spaces: Vec::new(),
             clock: 0,
@@ -547,7 +581,7 @@ impl Core {
         };
         self.forget_windows(Forget::Stores(host as u64));
         for space in &mut self.spaces {
-            for table in [tlb_number(false, true), tlb_number(true, true)] {
+            for table in Rights::ALL.map(|rights| tlb_number(rights, true)) {
                 for (index, entry) in space.tlb[table].iter_mut().enumerate() {
                     if entry.host() == host as u64 {
                         entry.tag = invalid_tag(index);
@@ -592,8 +626,23 @@ impl Core {
         Ok(())
     }
 
-    fn is_user(&self, privilege: Privilege) -> bool {
-        privilege == Privilege::Current && self.user()
+    /// Whose rights an access with this privilege has.
+    fn rights(&self, privilege: Privilege) -> Rights {
+        match privilege {
+            Privilege::Current if self.user() => Rights::User,
+            Privilege::Current if self.opens_user_pages() => Rights::Open,
+            Privilege::Current | Privilege::Supervisor => Rights::Supervisor,
+        }
+    }
+
+    /// Whose rights explicit accesses have now.
+    pub(crate) fn current_rights(&self) -> Rights {
+        self.rights(Privilege::Current)
+    }
+
+    /// Whether the supervisor may access ring 3's pages although CR4.SMAP is set.
+    pub(crate) fn opens_user_pages(&self) -> bool {
+        self.state.cr4 & cr4::SMAP != 0 && self.state.system_flags & rflags::AC != 0 && !self.user()
     }
 
     /// Finds where `linear` leads for an access that stays within one page, filling the
@@ -604,23 +653,23 @@ impl Core {
         kind: Kind,
         privilege: Privilege,
     ) -> Result<Target, Exception> {
-        let user = self.is_user(privilege);
+        let rights = self.rights(privilege);
         let page = linear & !(PAGE_SIZE - 1);
-        let index = tlb_index(linear, user);
-        let entry = self.space().tlb[tlb_number(user, kind == Kind::Write)][index];
+        let index = tlb_index(linear, rights);
+        let entry = self.space().tlb[tlb_number(rights, kind == Kind::Write)][index];
         if kind != Kind::Fetch && entry.tag == page {
             return Ok(Target::Ram((entry.host() + (linear - page)) as *mut u8));
         }
         if !Self::canonical(linear) {
             return Err(Exception::general_protection(0));
         }
-        let mapping = self.walk(linear, kind, user)?;
+        let mapping = self.walk(linear, kind, rights)?;
         let physical_page = mapping.physical & !(PAGE_SIZE - 1);
         let Some(host) = self.memory.host_ptr(physical_page, PAGE_SIZE) else {
             return Ok(Target::Device(mapping.physical));
         };
         if kind != Kind::Fetch {
-            self.fill(linear, host, user, kind, &mapping);
+            self.fill(linear, host, rights, kind, &mapping);
         }
         // SAFETY: the offset is within the page that `host` maps.
         Ok(Target::Ram(unsafe { host.add((linear - page) as usize) }))
@@ -630,15 +679,15 @@ impl Core {
     /// just read, needs nothing of the page tables, and will not before this vCPU has left
     /// its block.
     pub(crate) fn may_store(&mut self, linear: u64) -> bool {
-        let mapping = self.walk(linear, Kind::Read, self.user());
+        let mapping = self.walk(linear, Kind::Read, self.rights(Privilege::Current));
         let cpu = self.seat.index();
         mapping.is_ok_and(|m| m.writable && self.memory.code().claim_stores(cpu, m.physical))
     }
 
     /// Enters a page into the TLB that missed, and into its sibling if the line is free.
-    fn fill(&mut self, linear: u64, host: *mut u8, user: bool, kind: Kind, mapping: &Mapping) {
+    fn fill(&mut self, linear: u64, host: *mut u8, rights: Rights, kind: Kind, mapping: &Mapping) {
         let page = linear & !(PAGE_SIZE - 1);
-        let index = tlb_index(linear, user);
+        let index = tlb_index(linear, rights);
         let code = self.memory.code();
         let writable = mapping.writable && code.claim_stores(self.seat.index(), mapping.physical);
         let space = self.space();
@@ -651,7 +700,7 @@ impl Core {
             if store && !writable {
                 continue;
             }
-            let table = tlb_number(user, store);
+            let table = tlb_number(rights, store);
             let old = space.tlb[table][index];
             if store != (kind == Kind::Write) && old.delta != 0 && old.tag != invalid_tag(index) {
                 continue;
@@ -676,8 +725,7 @@ impl Core {
         if !Self::canonical(linear) {
             return Err(Exception::general_protection(0));
         }
-        let user = self.user();
-        let mapping = self.walk(linear, Kind::Fetch, user)?;
+        let mapping = self.walk(linear, Kind::Fetch, self.rights(Privilege::Current))?;
         Ok((mapping.physical, mapping.global))
     }
 
@@ -688,12 +736,20 @@ impl Core {
         Some(unsafe { AtomicU64::from_ptr(pointer) })
     }
 
-    /// SMEP: whether the supervisor is kept from what it wants with a page of ring 3's.
-    fn prevents_supervisor(&self, user_page: bool, kind: Kind, user: bool) -> bool {
-        user_page && !user && kind == Kind::Fetch && self.state.cr4 & cr4::SMEP != 0
+    /// SMEP and SMAP: whether the supervisor is kept from what it wants with a page of ring
+    /// 3's.
+    fn prevents_supervisor(&self, user_page: bool, kind: Kind, rights: Rights) -> bool {
+        let bit = match (kind, rights) {
+            (_, Rights::User) => return false,
+            (Kind::Fetch, _) => cr4::SMEP,
+            (_, Rights::Open) => return false,
+            _ => cr4::SMAP,
+        };
+        user_page && self.state.cr4 & bit != 0
     }
 
-    fn walk(&self, linear: u64, kind: Kind, user: bool) -> Result<Mapping, Exception> {
+    fn walk(&self, linear: u64, kind: Kind, asking: Rights) -> Result<Mapping, Exception> {
+        let user = asking.is_user();
         let state: &State = &self.state;
         if state.cr0 & cr0::PG == 0 {
             return Ok(Mapping {
@@ -704,7 +760,7 @@ impl Core {
             });
         }
         if !state.is_long_mode() {
-            return self.walk_legacy(linear, kind, user);
+            return self.walk_legacy(linear, kind, asking);
         }
         let nxe = state.efer & efer::NXE != 0;
         let mut code = 0;
@@ -764,7 +820,7 @@ impl Core {
                 let denied = (user && all & PTE_U == 0)
                     || (kind == Kind::Write && !may_write)
                     || (kind == Kind::Fetch && no_execute)
-                    || self.prevents_supervisor(all & PTE_U != 0, kind, user);
+                    || self.prevents_supervisor(all & PTE_U != 0, kind, asking);
                 if denied {
                     return Err(fault(pf::P));
                 }
@@ -797,6 +853,9 @@ impl Core {
         privilege: Privilege,
     ) -> Result<(), Exception> {
         Self::require_canonical_end(linear, data.len() as u64)?;
+        if privilege == Privilege::Current {
+            self.watch_data(linear, data.len() as u64, false);
+        }
         let mut done = 0;
         while done < data.len() {
             let at = linear.wrapping_add(done as u64);
@@ -843,6 +902,9 @@ impl Core {
         if linear % PAGE_SIZE + data.len() as u64 > PAGE_SIZE {
             self.probe_write(linear, data.len() as u64, privilege)?;
         }
+        if privilege == Privilege::Current {
+            self.watch_data(linear, data.len() as u64, true);
+        }
         let mut done = 0;
         while done < data.len() {
             let at = linear.wrapping_add(done as u64);
@@ -869,10 +931,10 @@ impl Core {
         length: u64,
         privilege: Privilege,
     ) -> Result<(), Exception> {
-        let user = self.is_user(privilege);
-        let entry = self.space().tlb[tlb_number(user, true)][tlb_index(linear, user)];
+        let rights = self.rights(privilege);
+        let entry = self.space().tlb[tlb_number(rights, true)][tlb_index(linear, rights)];
         if entry.tag != linear & !(PAGE_SIZE - 1) {
-            let physical = self.walk(linear, Kind::Write, user)?.physical;
+            let physical = self.walk(linear, Kind::Write, rights)?.physical;
             self.note_store(physical, length);
         }
         Ok(())

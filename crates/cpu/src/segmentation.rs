@@ -61,8 +61,6 @@ pub(crate) struct Legacy {
     pub(crate) big_code: bool,
     /// Stack operations use ESP, else SP.
     pub(crate) big_stack: bool,
-    /// Ring 0, where CLI and STI need no further check.
-    pub(crate) ring0: bool,
     /// Segment registers whose [`Extent`] is not [`Extent::FLAT`]: one bit each, by number.
     pub(crate) checked: u8,
     /// Segment registers whose base may not be zero.
@@ -158,13 +156,21 @@ impl State {
         Some(Legacy {
             big_code: code.attributes & attribute::BIG != 0,
             big_stack: self.has_big_stack(),
-            ring0: self.cpl == 0,
             checked,
             based,
             code_base: code.base as u32,
             code_limit: code.limit,
             tag: 0,
         })
+    }
+
+    /// The linear address of the instruction at RIP.
+    pub(crate) fn code_address(&self) -> u64 {
+        if self.is_long_code() {
+            return self.rip;
+        }
+        let base = self.segments[index::CS].base as u32;
+        u64::from(base.wrapping_add(self.rip as u32))
     }
 
     /// Whether stack operations outside of 64-bit mode use ESP, not SP.

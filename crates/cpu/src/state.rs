@@ -107,6 +107,8 @@ pub mod cr4 {
     pub const OSXSAVE: u64 = 1 << 18;
     /// Supervisor-mode execution prevention.
     pub const SMEP: u64 = 1 << 20;
+    /// Supervisor-mode access prevention.
+    pub const SMAP: u64 = 1 << 21;
 }
 
 /// `IA32_EFER` bits (Intel SDM vol. 3A §2.2.1).

@@ -1,6 +1,8 @@
 //! One test case as both machines take it, and what comes back. Plain data of fixed size,
 //! because it crosses to the host process through shared memory.
 
+use crate::layout::{CODE_16, DATA_16, STACK_16};
+
 /// Bytes of an XSAVE area in standard format up to the end of the AVX component (Intel SDM
 /// vol. 1 §13.4).
 pub const XSAVE_SIZE: usize = 832;
@@ -131,6 +133,9 @@ pub enum Width {
     Bits64,
     /// Compatibility mode, with a 32-bit code segment.
     Bits32,
+    /// Compatibility mode, with 16-bit code, data and stack segments of 64 KiB and less that
+    /// have bases of their own (`layout::SEGMENTS_16`).
+    Bits16,
 }
 
 impl Width {
@@ -139,6 +144,7 @@ impl Width {
         match self {
             Self::Bits64 => 64,
             Self::Bits32 => 32,
+            Self::Bits16 => 16,
         }
     }
 
@@ -146,7 +152,39 @@ impl Width {
     pub fn mask(self) -> u64 {
         match self {
             Self::Bits64 => u64::MAX,
-            Self::Bits32 => u32::MAX.into(),
+            Self::Bits32 | Self::Bits16 => u32::MAX.into(),
+        }
+    }
+
+    /// What is at a linear address of code, as RIP has it.
+    pub fn ip(self, linear: u64) -> u64 {
+        match self {
+            Self::Bits16 => linear.wrapping_sub(CODE_16.base) & 0xffff,
+            _ => linear,
+        }
+    }
+
+    /// The offset of data at a linear address, in the segment that DS and ES hold.
+    pub fn data_offset(self, linear: u64) -> u64 {
+        match self {
+            Self::Bits16 => linear.wrapping_sub(DATA_16.base) & 0xffff,
+            _ => linear,
+        }
+    }
+
+    /// The offset of what is at a linear address of the stack, as RSP has it.
+    pub fn stack_offset(self, linear: u64) -> u64 {
+        match self {
+            Self::Bits16 => linear.wrapping_sub(STACK_16.base) & 0xffff,
+            _ => linear,
+        }
+    }
+
+    /// The linear address of a stack pointer.
+    pub fn stack_linear(self, pointer: u64) -> u64 {
+        match self {
+            Self::Bits16 => STACK_16.base + (pointer & 0xffff),
+            _ => pointer,
         }
     }
 
@@ -154,7 +192,7 @@ impl Width {
     pub fn registers(self) -> usize {
         match self {
             Self::Bits64 => 16,
-            Self::Bits32 => 8,
+            Self::Bits32 | Self::Bits16 => 8,
         }
     }
 }
@@ -179,6 +217,13 @@ pub struct Case {
     pub patch_count: u64,
     /// Initial memory.
     pub patches: [Patch; PATCH_MAX],
+}
+
+impl Case {
+    /// RIP of the first instruction.
+    pub fn ip(&self) -> u64 {
+        self.width.ip(self.code_address)
+    }
 }
 
 /// How a case ended.

@@ -16,6 +16,7 @@ use crate::case::Width;
 pub struct Catalog {
     bits64: Codes,
     bits32: Codes,
+    bits16: Codes,
     /// The host's kernel punishes locked accesses that straddle cache lines.
     aligns_locks: bool,
 }
@@ -57,6 +58,7 @@ impl Catalog {
         Self {
             bits64: Codes::new(Width::Bits64),
             bits32: Codes::new(Width::Bits32),
+            bits16: Codes::new(Width::Bits16),
             aligns_locks,
         }
     }
@@ -71,6 +73,7 @@ impl Catalog {
         match width {
             Width::Bits64 => &self.bits64,
             Width::Bits32 => &self.bits32,
+            Width::Bits16 => &self.bits16,
         }
     }
 
@@ -102,6 +105,12 @@ fn exists(code: Code, width: Width) -> bool {
                 && op_code.intel_decoder32()
                 && op_code.amd_decoder32()
         }
+        Width::Bits16 => {
+            op_code.mode16()
+                && op_code.compatibility_mode()
+                && op_code.intel_decoder16()
+                && op_code.amd_decoder16()
+        }
     }
 }
 
@@ -119,6 +128,15 @@ fn is_testable(code: Code, width: Width, has_fsgsbase: bool) -> bool {
             .op_kinds()
             .iter()
             .all(|&kind| is_operand_known(kind))
+        // in wider code these cut RIP to where nothing is mapped
+        && (width == Width::Bits16 || !has_short_branch(code))
+}
+
+fn has_short_branch(code: Code) -> bool {
+    let kinds = code.op_code().op_kinds();
+    kinds
+        .iter()
+        .any(|k| matches!(k, Kind::br16_1 | Kind::br16_2))
 }
 
 /// The features that the guest's CPUID offers, less those this host lacks.
@@ -267,8 +285,6 @@ fn is_operand_known(kind: Kind) -> bool {
             | Kind::xbegin_4
             | Kind::brdisp_2
             | Kind::brdisp_4
-            | Kind::br16_1
-            | Kind::br16_2
             | Kind::sibmem
             | Kind::tmm_reg
             | Kind::tmm_rm

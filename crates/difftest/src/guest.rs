@@ -18,8 +18,8 @@ use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
 use crate::case::{Case, End, Outcome, Width, has_error_code};
 use crate::layout::{
-    self, Access, CODE_32_SELECTOR, CODE_SELECTOR, FS_BASE, FS_SELECTOR, GS_BASE, GS_SELECTOR,
-    PAGE, PAGES, STACK_SELECTOR,
+    self, Access, CODE_16, CODE_32_SELECTOR, CODE_SELECTOR, DATA_16, FS_BASE, FS_SELECTOR, GS_BASE,
+    GS_SELECTOR, PAGE, PAGES, STACK_16, STACK_SELECTOR, Segment16,
 };
 use crate::native;
 use crate::pages::{self, Store};
@@ -220,7 +220,13 @@ fn ring_3_segments(width: Width) -> [Segment; 6] {
     segments[segment::CS] = match width {
         Width::Bits64 => flat(CODE_SELECTOR, 0xa0fb),
         Width::Bits32 => flat(CODE_32_SELECTOR, 0xc0fb),
+        Width::Bits16 => segment_16(CODE_16),
     };
+    if width == Width::Bits16 {
+        segments[segment::SS] = segment_16(STACK_16);
+        segments[segment::DS] = segment_16(DATA_16);
+        segments[segment::ES] = segment_16(DATA_16);
+    }
     for (number, selector, base) in [
         (segment::FS, FS_SELECTOR, FS_BASE),
         (segment::GS, GS_SELECTOR, GS_BASE),
@@ -235,6 +241,15 @@ fn ring_3_segments(width: Width) -> [Segment; 6] {
         };
     }
     segments
+}
+
+fn segment_16(s: Segment16) -> Segment {
+    Segment {
+        base: s.base,
+        limit: s.limit,
+        selector: s.selector,
+        attributes: if s.code { 0x00fb } else { 0x00f3 },
+    }
 }
 
 /// Fills guest memory; returns CR3.

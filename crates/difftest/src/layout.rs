@@ -64,6 +64,43 @@ pub const CODE_32_SELECTOR: u16 = 0x23;
 /// SS, DS and ES.
 pub const STACK_SELECTOR: u16 = 0x2b;
 
+/// A segment of the LDT for 16-bit code.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment16 {
+    /// Its selector.
+    pub selector: u16,
+    /// Linear address of offset 0.
+    pub base: u64,
+    /// The last offset.
+    pub limit: u32,
+    /// Whether it is for code, else for data.
+    pub code: bool,
+}
+
+/// CS of 16-bit code: the code pages and a hole.
+pub const CODE_16: Segment16 = Segment16 {
+    selector: 0x17,
+    base: CODE,
+    limit: 0xffff,
+    code: true,
+};
+/// DS and ES of 16-bit code: the data window, with its end cut off in the middle of a page.
+pub const DATA_16: Segment16 = Segment16 {
+    selector: 0x1f,
+    base: DATA,
+    limit: 0x6fff,
+    code: false,
+};
+/// SS of 16-bit code: the stack pages are at its end.
+pub const STACK_16: Segment16 = Segment16 {
+    selector: 0x27,
+    base: STACK - 0x1000,
+    limit: 0x2fff,
+    code: false,
+};
+/// All of them.
+pub const SEGMENTS_16: [Segment16; 3] = [CODE_16, DATA_16, STACK_16];
+
 /// What may be done with a page in ring 3. Every page may be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {

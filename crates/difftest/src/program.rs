@@ -1,7 +1,7 @@
 //! A test case while it is still instructions, labels and initial state: what the generator
 //! makes, what the shrinker takes apart, and what is assembled into a [`Case`].
 
-use iced_x86::{Decoder, DecoderOptions, Encoder, FastFormatter, Instruction};
+use iced_x86::{Decoder, DecoderOptions, Encoder, FastFormatter, Instruction, OpKind};
 
 use crate::case::{CODE_MAX, Case, PATCH_MAX, PATCH_SIZE, Patch, Registers, Width, Xsave};
 use crate::layout::{ALIAS, CODE, INT3};
@@ -88,11 +88,12 @@ impl Program {
     pub fn assemble(&self) -> Option<Case> {
         let addresses = self.addresses()?;
         let mut code = Vec::with_capacity(CODE_MAX);
+        let start = self.width.ip(self.code_address);
         for (item, &address) in self.items.iter().zip(&addresses) {
             let bytes = encode(item, self.width, address, |target| {
                 addresses.get(target).copied()
             })?;
-            if address + bytes.len() as u64 > self.code_address + CODE_MAX as u64 - 1 {
+            if address + bytes.len() as u64 > start + CODE_MAX as u64 - 1 {
                 return None;
             }
             code.extend(bytes);
@@ -108,7 +109,7 @@ impl Program {
             patch_count: 0,
             patches: [Patch::default(); PATCH_MAX],
         };
-        case.registers.rip = self.code_address;
+        case.registers.rip = case.ip();
         case.code[..code.len()].copy_from_slice(&code);
         for patch in &self.patches {
             push_patch(&mut case, *patch)?;
@@ -123,9 +124,9 @@ impl Program {
         Some(case)
     }
 
-    /// The address of every item, and of the end.
+    /// RIP of every item, and of the end.
     fn addresses(&self) -> Option<Vec<u64>> {
-        let mut address = self.code_address;
+        let mut address = self.width.ip(self.code_address);
         let mut addresses = Vec::with_capacity(self.items.len() + 1);
         for item in &self.items {
             addresses.push(address);
@@ -186,6 +187,9 @@ pub(crate) fn encode(
         let target = resolve(target)?;
         match reference {
             Reference::Branch if width == Width::Bits64 => instruction.set_near_branch64(target),
+            Reference::Branch if instruction.op0_kind() == OpKind::NearBranch16 => {
+                instruction.set_near_branch16(target as u16);
+            }
             Reference::Branch => instruction.set_near_branch32(target as u32),
             Reference::Immediate if width == Width::Bits64 => instruction.set_immediate64(target),
             Reference::Immediate => instruction.set_immediate32(target as u32),
@@ -201,14 +205,9 @@ pub(crate) fn encode(
 /// The instructions of a case as the decoder sees them, in order of their addresses.
 pub fn decode(case: &Case) -> Vec<Instruction> {
     let code = &case.code[..(case.code_length as usize).saturating_sub(1)];
-    Decoder::with_ip(
-        case.width.bits(),
-        code,
-        case.code_address,
-        DecoderOptions::NONE,
-    )
-    .iter()
-    .collect()
+    Decoder::with_ip(case.width.bits(), code, case.ip(), DecoderOptions::NONE)
+        .iter()
+        .collect()
 }
 
 /// One line of disassembly.

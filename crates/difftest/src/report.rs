@@ -29,7 +29,7 @@ impl fmt::Display for Mismatch {
 
 fn write_code(f: &mut fmt::Formatter<'_>, case: &Case) -> fmt::Result {
     for instruction in decode(case) {
-        let start = (instruction.ip() - case.code_address) as usize;
+        let start = (instruction.ip() - case.ip()) as usize;
         let bytes = &case.code[start..start + instruction.len()];
         writeln!(
             f,

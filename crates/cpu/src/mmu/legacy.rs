@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::{Core, Kind, Mapping, PHYSICAL_BITS, PTE_A, PTE_ADDRESS, PTE_D, PTE_G, PTE_NX};
-use super::{PTE_P, PTE_PS, PTE_U, PTE_W, pf};
+use super::{PTE_P, PTE_PS, PTE_U, PTE_W, Rights, pf};
 use crate::exception::Exception;
 use crate::state::{cr0, cr4, efer};
 
@@ -78,8 +78,9 @@ impl Core {
         &self,
         linear: u64,
         kind: Kind,
-        user: bool,
+        asking: Rights,
     ) -> Result<Mapping, Exception> {
+        let user = asking.is_user();
         let pae = self.state.cr4 & cr4::PAE != 0;
         let nxe = pae && self.state.efer & efer::NXE != 0;
         let mut code = if user { pf::U } else { 0 };
@@ -139,7 +140,7 @@ impl Core {
             let denied = (user && all & PTE_U == 0)
                 || (kind == Kind::Write && !may_write)
                 || (kind == Kind::Fetch && no_execute)
-                || self.prevents_supervisor(all & PTE_U != 0, kind, user);
+                || self.prevents_supervisor(all & PTE_U != 0, kind, asking);
             if denied {
                 return Err(fault(pf::P));
             }

@@ -36,7 +36,8 @@ const CR4_BITS: u64 = cr4::TSD
     | cr4::FSGSBASE
     | cr4::PCIDE
     | cr4::OSXSAVE
-    | cr4::SMEP;
+    | cr4::SMEP
+    | cr4::SMAP;
 /// CR3: the TLB entries of the new PCID stay valid.
 const CR3_KEEP: u64 = 1 << 63;
 /// DR6: debug register access detected.
@@ -252,7 +253,7 @@ fn set_cr4(core: &mut Core, value: u64) -> Done {
     if changed & cr4::PCIDE != 0 {
         core.select_space(false);
     }
-    if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP) != 0 {
+    if changed & (cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP) != 0 {
         core.flush_all();
     }
     Ok(())

@@ -50,8 +50,8 @@ mod leaf1_edx {
 
 /// Bits of leaf 7, subleaf 0.
 mod leaf7 {
-    /// EBX: FSGSBASE, SMEP, ERMS, INVPCID, CLFLUSHOPT, CLWB: done here.
-    pub(super) const EBX_OWN: u32 = 1 | 1 << 7 | 1 << 9 | 1 << 10 | 1 << 23 | 1 << 24;
+    /// EBX: FSGSBASE, SMEP, ERMS, INVPCID, SMAP, CLFLUSHOPT, CLWB: done here.
+    pub(super) const EBX_OWN: u32 = 1 | 1 << 7 | 1 << 9 | 1 << 10 | 1 << 20 | 1 << 23 | 1 << 24;
     /// EBX: BMI1, BMI2, RDSEED, ADX, SHA, and "FCS and FDS are zero".
     pub(super) const EBX_HOST: u32 = 1 << 3 | 1 << 8 | 1 << 13 | 1 << 18 | 1 << 19 | 1 << 29;
     pub(super) const EBX_AVX2: u32 = 1 << 5;
@@ -375,7 +375,7 @@ impl Table {
             | F::MULTIBYTENOP | F::PAUSE | F::RDPMC | F::CX8 | F::CMOV | F::FPU | F::FPU287
             | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::TSC | F::MSR | F::FXSR | F::CLFSH
             | F::SYSCALL | F::RDTSCP | F::PREFETCHW | F::CLFLUSHOPT | F::CLWB | F::FSGSBASE
-            | F::INVPCID | F::XSAVE | F::XSAVEC | F::XSAVEOPT
+            | F::INVPCID | F::SMAP | F::XSAVE | F::XSAVEC | F::XSAVEOPT
             // no effect on a CPU without them
             | F::CET_IBT | F::CLDEMOTE => true,
             F::SEP => bit(edx1, 11),

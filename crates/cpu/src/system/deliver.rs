@@ -142,9 +142,15 @@ pub(crate) fn deliver_interrupt(
     deliver(core, bus, event)
 }
 
-/// Delivers #DB after an instruction that ran with RFLAGS.TF set.
-pub(crate) fn deliver_single_step(core: &mut Core, bus: &dyn Bus) -> Result<(), TripleFault> {
-    core.state.dr[4] |= DR6_BS;
+/// Delivers #DB after an instruction that hit the breakpoints in `hits` (bits of DR6), or,
+/// if `step`, that ran with RFLAGS.TF set.
+pub(crate) fn deliver_debug_trap(
+    core: &mut Core,
+    bus: &dyn Bus,
+    hits: u64,
+    step: bool,
+) -> Result<(), TripleFault> {
+    core.state.dr[4] |= hits | if step { DR6_BS } else { 0 };
     deliver_exception(core, bus, Exception::new(vector::DB))
 }
 
@@ -267,7 +273,8 @@ fn enter(core: &mut Core, bus: &dyn Bus, event: &Event) -> Result<(), Exception>
     let gate = read_gate(core, bus, event, ext)?;
     let entry = find_entry(core, bus, &gate, ext)?;
 
-    let mut image = core.state.rflags() & !rflags::RF;
+    // set only where IRET has set it for the next instruction
+    let mut image = core.state.rflags();
     if event.resume {
         image |= rflags::RF;
     }

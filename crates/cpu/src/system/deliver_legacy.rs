@@ -126,7 +126,7 @@ fn handler(core: &mut Core, bus: &dyn Bus, gate: &Gate, ext: u32) -> Result<Desc
 fn frame(core: &Core, event: &Event, inner: bool) -> Vec<u64> {
     let state = &core.state;
     let selector = |number: usize| u64::from(state.segments[number].selector);
-    let mut image = state.rflags() & !rflags::RF;
+    let mut image = state.rflags();
     if event.resume {
         image |= rflags::RF;
     }

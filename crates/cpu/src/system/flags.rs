@@ -33,6 +33,14 @@ pub(super) fn set(core: &mut Core, value: u64, mask: u64) {
     core.state.set_rflags(new);
 }
 
+/// RF as IRET with `size` bytes loads it: it holds off the instruction breakpoint of the next
+/// instruction, and is kept only where there may be one.
+pub(super) fn set_resume(core: &mut Core, value: u64, size: usize) {
+    if size > 2 && core.breakpoints_enabled() {
+        core.state.system_flags |= value & rflags::RF;
+    }
+}
+
 impl Core {
     /// Whether CPL is at most IOPL.
     pub(super) fn io_allowed_by_iopl(&self) -> bool {
@@ -55,6 +63,19 @@ pub(super) fn sti(core: &mut Core) -> Done {
     if core.state.system_flags & rflags::IF == 0 {
         core.state.system_flags |= rflags::IF;
         core.state.interrupt_shadow = true;
+    }
+    Ok(())
+}
+
+/// STAC, CLAC.
+pub(super) fn set_ac(core: &mut Core, on: bool) -> Done {
+    if core.state.cpl != 0 || core.state.is_virtual_8086() {
+        return Err(Exception::undefined());
+    }
+    if on {
+        core.state.system_flags |= rflags::AC;
+    } else {
+        core.state.system_flags &= !rflags::AC;
     }
     Ok(())
 }

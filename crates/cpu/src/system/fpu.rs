@@ -67,6 +67,11 @@ fn mxcsr_mask() -> u32 {
 }
 
 impl State {
+    /// Whether the saved x87 state has an unmasked exception pending.
+    pub(crate) fn x87_pending(&self) -> bool {
+        self.in_use() & X87 != 0 && self.xsave.0[2] & 0x80 != 0
+    }
+
     /// Components not in their initial configuration.
     pub(super) fn in_use(&self) -> u64 {
         u64_at(&self.xsave.0, XSAVE_HEADER_OFFSET) & (X87 | SSE | AVX)

@@ -55,6 +55,7 @@ pub(super) fn input(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done
     let size = to.size() as u8;
     let port = port_of(core, instr, 1);
     require_ports(core, bus, port, size)?;
+    core.watch_port(port, size);
     let value = bus.port_read(port, size);
     core.check_interrupts = true;
     core.set_gpr(to, u64::from(value));
@@ -67,6 +68,7 @@ pub(super) fn output(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Don
     let port = port_of(core, instr, 0);
     require_ports(core, bus, port, size)?;
     let value = core.gpr(from) as u32;
+    core.watch_port(port, size);
     bus.port_write(port, size, value);
     core.check_interrupts = true;
     Ok(())

@@ -146,6 +146,8 @@ impl Address {
     /// Raises #AC where an operand of `size` bytes must be aligned and is not. Elements of
     /// gathers and masked moves need no such check.
     pub(super) fn aligned(self, core: &Core, size: usize) -> Result<Self, Exception> {
+        // the segment is checked before
+        self.checked(core, size, false)?;
         core.check_alignment(self.linear, size as u64)?;
         Ok(self)
     }
@@ -342,11 +344,10 @@ pub(super) fn stack_operand_size(instr: &Instruction, values: i32) -> usize {
 
 /// LEAVE in the forms that translated code leaves here.
 pub(super) fn leave(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
-    let size = stack_operand_size(instr, 1);
-    let size = if instr.code() == Code::Leavew {
-        2
-    } else {
-        size
+    let size = match instr.code() {
+        Code::Leavew => 2,
+        Code::Leaved => 4,
+        _ => 8,
     };
     let frame = core.state.gpr[gpr::RBP] & core.stack_mask();
     let value = core.stack_at(frame).read_uint(core, bus, size)?;
@@ -385,7 +386,9 @@ pub(super) fn enter(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done
             &value.to_le_bytes()[..size as usize],
         )
     };
-    let frame = pointer.wrapping_sub(size);
+    // what the stack's width leaves of RSP goes into the frame pointer too
+    let mask = core.stack_mask();
+    let frame = core.state.gpr[gpr::RSP] & !mask | pointer.wrapping_sub(size) & mask;
     push(core, rbp)?;
     for outer in 1..level {
         let at = core.stack_at(rbp.wrapping_sub(outer * size));

@@ -50,7 +50,7 @@ use crate::bus::Bus;
 use crate::exception::Exception;
 use crate::mmu::Core;
 
-pub(crate) use deliver::{TripleFault, deliver_exception, deliver_interrupt, deliver_single_step};
+pub(crate) use deliver::{TripleFault, deliver_debug_trap, deliver_exception, deliver_interrupt};
 pub(crate) use fpu::fpu_exception;
 
 /// What the caller of [`execute`] does next.
@@ -120,6 +120,7 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Mov => mov(core, bus, instr),
         M::Cli => flags::cli(core),
         M::Sti => flags::sti(core),
+        M::Stac | M::Clac => flags::set_ac(core, instr.mnemonic() == M::Stac),
         M::Pushf | M::Pushfd | M::Pushfq => flags::pushf(core, bus, instr),
         M::Popf | M::Popfd | M::Popfq => flags::popf(core, bus, instr),
         M::Cpuid => {

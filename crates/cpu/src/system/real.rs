@@ -77,6 +77,7 @@ pub(super) fn iret(core: &mut Core, bus: &dyn Bus, size: usize) -> Result<Flow, 
     enter(core, cs, rip)?;
     core.drop_stack(3 * size as u64);
     flags::set(core, flags, mask);
+    flags::set_resume(core, flags, size);
     Ok(Flow::Jump)
 }
 

@@ -154,22 +154,37 @@ impl Job {
         };
     }
 
-    /// Outside of 64-bit mode: checks the next element of each operand.
-    fn check_segments(&self, core: &Core) -> Result<(), Exception> {
+    /// Outside of 64-bit mode: checks the next element of each operand, in the order in which
+    /// they are accessed: of the second, the first one's own faults go before.
+    fn check_segments(&self, core: &mut Core) -> Result<(), Exception> {
         use Operation as O;
         if !self.legacy {
             return Ok(());
         }
         let offset = |register: usize| (core.state.gpr[register] & self.mask) as u32;
-        if !matches!(self.operation, O::Store | O::Scan | O::Input) {
-            let number = register_index(self.source);
-            core.check_segment(number, offset(gpr::RSI), self.size, false)?;
+        let source = (register_index(self.source), offset(gpr::RSI), false);
+        let target = (index::ES, offset(gpr::RDI), false);
+        let store = (index::ES, offset(gpr::RDI), true);
+        let (first, second) = match self.operation {
+            O::Move => (source, Some(store)),
+            O::Compare => (target, Some(source)),
+            O::Load | O::Output => (source, None),
+            O::Scan => (target, None),
+            O::Store | O::Input => (store, None),
+        };
+        let check =
+            |core: &Core, (number, at, store)| core.check_segment(number, at, self.size, store);
+        let linear = check(core, first)?;
+        let Some(Err(fault)) = second.map(|operand| check(core, operand)) else {
+            return Ok(());
+        };
+        core.check_alignment(linear, self.size)?;
+        core.target(linear, Kind::Read, Privilege::Current)?;
+        if linear % PAGE_SIZE + self.size > PAGE_SIZE {
+            let next = core.wrap((linear | (PAGE_SIZE - 1)).wrapping_add(1));
+            core.target(next, Kind::Read, Privilege::Current)?;
         }
-        if !matches!(self.operation, O::Load | O::Output) {
-            let store = !matches!(self.operation, O::Compare | O::Scan);
-            core.check_segment(index::ES, offset(gpr::RDI), self.size, store)?;
-        }
-        Ok(())
+        Err(fault)
     }
 
     fn advance(&self, core: &mut Core, register: usize, elements: u64) {
@@ -263,6 +278,7 @@ impl Job {
         elements: u64,
     ) -> Result<Option<*mut u8>, Exception> {
         core.check_alignment(linear, self.size)?;
+        core.watch_data(self.lowest(linear, elements), elements * self.size, true);
         let lowest = self.lowest(linear, elements);
         let target = core.target(lowest, Kind::Write, Privilege::Current);
         match target.map_err(|e| Self::at_element(e, linear))? {
@@ -289,6 +305,7 @@ impl Job {
         elements: u64,
     ) -> Result<Option<*const u8>, Exception> {
         core.check_alignment(linear, self.size)?;
+        core.watch_data(self.lowest(linear, elements), elements * self.size, false);
         let lowest = self.lowest(linear, elements);
         let target = core.target(lowest, Kind::Read, Privilege::Current);
         match target.map_err(|e| Self::at_element(e, linear))? {
@@ -470,6 +487,7 @@ impl Job {
         let to = self.destination(core);
         core.check_alignment(to, self.size)?;
         core.probe_write(to, self.size, Privilege::Current)?;
+        core.watch_port(port, self.size as u8);
         let value = bus.port_read(port, self.size as u8);
         core.check_interrupts = true;
         self.write(core, bus, to, u64::from(value))?;
@@ -482,6 +500,7 @@ impl Job {
         io::require_ports(core, bus, port, self.size as u8)?;
         let from = self.source(core);
         let value = self.read(core, bus, from)?;
+        core.watch_port(port, self.size as u8);
         bus.port_write(port, self.size as u8, value as u32);
         core.check_interrupts = true;
         self.advance(core, gpr::RSI, 1);
@@ -490,7 +509,7 @@ impl Job {
 
     /// Most elements in one call. One when single-stepping: #DB comes after each.
     fn budget(&self, core: &Core) -> u64 {
-        if core.state.system_flags & rflags::TF != 0 {
+        if core.state.system_flags & rflags::TF != 0 || core.breakpoints_enabled() {
             return 1;
         }
         match self.operation {

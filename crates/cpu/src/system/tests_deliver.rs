@@ -1,7 +1,7 @@
 //! Delivery of exceptions and interrupts.
 
 use super::Flow;
-use super::deliver::{TripleFault, deliver_exception, deliver_interrupt, deliver_single_step};
+use super::deliver::{TripleFault, deliver_debug_trap, deliver_exception, deliver_interrupt};
 use super::tests::*;
 use crate::exception::{Exception, vector};
 use crate::state::{gpr, rflags, segment as index};
@@ -78,7 +78,7 @@ fn a_single_step_sets_bs_and_clears_tf() {
     let mut m = Machine::new();
     m.set_flags(rflags::TF);
 
-    deliver_single_step(&mut m.core, &m.bus).unwrap();
+    deliver_debug_trap(&mut m.core, &m.bus, 0, true).unwrap();
 
     assert_ne!(m.core.state.dr[4] & 1 << 14, 0);
     assert_eq!(m.stacked(2) & (rflags::RF | rflags::TF), rflags::TF);

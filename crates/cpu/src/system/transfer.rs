@@ -204,6 +204,7 @@ pub(super) fn iret(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Resul
         core.set_stack_pointer(frame.rsp);
     }
     flags::set(core, frame.flags, mask);
+    flags::set_resume(core, frame.flags, size);
     if outer {
         segment::drop_privileged(core);
     }

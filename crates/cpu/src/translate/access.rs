@@ -25,6 +25,7 @@ use iced_x86::{Instruction, Register};
 use super::asm::{Alu, RAX, Reg, T0, T1, cc};
 use super::lower::{Flags, Lower, Site, meta};
 use super::thunks::{DELTA, line_of, slow_index, tag_offset, window_offset};
+use crate::mmu::Rights;
 use crate::state::{WINDOWS, Window, state_offset};
 
 /// Where a checked access is done: `[base + T1 + disp]`.
@@ -73,6 +74,7 @@ pub(super) struct Stub {
     branch: usize,
     meta: u32,
     store: bool,
+    rights: Rights,
     through: Through,
     /// Off a register other than T0.
     direct: bool,
@@ -212,7 +214,7 @@ impl Lower<'_> {
         } else if self.mode.user {
             Through::Window(window_offset(store) + (window * size_of_window()) as i32)
         } else {
-            Through::Tlb(tag_offset(false, store))
+            Through::Tlb(tag_offset(self.rights, store))
         };
         let direct = place.base != T0;
         if direct {
@@ -235,7 +237,7 @@ impl Lower<'_> {
                 branch
             }
             Through::Tlb(tag) => {
-                line_of(&mut self.asm, T0, false);
+                line_of(&mut self.asm, T0, self.rights);
                 self.asm.alu_mem(Alu::Sub, T0, T1, tag);
                 self.asm.alu_imm(Alu::Cmp, T0, limit);
                 let branch = self.asm.jcc_forward(cc::A);
@@ -250,6 +252,7 @@ impl Lower<'_> {
             branch,
             meta: size | what | window << meta::WINDOW_SHIFT,
             store,
+            rights: self.rights,
             through,
             direct,
             resume: self.asm.len(),
@@ -271,7 +274,7 @@ impl Lower<'_> {
             host: here,
             ..stub.site
         });
-        let index = slow_index(self.mode.user, stub.store);
+        let index = slow_index(stub.rights, stub.store);
         let mut thunk = self.thunks.slow[index];
         match stub.through {
             Through::Nothing => thunk = self.thunks.slow_always[index],
@@ -285,7 +288,7 @@ impl Lower<'_> {
         let resume = self.asm.base + stub.resume as u64;
         self.asm.jmp(resume);
         let Some(body) = stub.body.clone() else {
-            self.go_apart(stub.site.guest);
+            self.go_apart(stub.site.guest, stub.rights);
             return;
         };
         let here = self.asm.len() as u32;

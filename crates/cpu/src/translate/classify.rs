@@ -125,8 +125,6 @@ fn is_sensitive(instruction: &Instruction) -> bool {
             | M::Lss
             | M::Into
             | M::Bound
-            | M::Stac
-            | M::Clac
             | M::Ud0
             | M::Ud1
             | M::Ud2
@@ -193,6 +191,8 @@ pub(crate) fn classify(instruction: &Instruction, offered: impl Fn(CpuidFeature)
         | M::Cld
         | M::Std
         | M::Swapgs
+        | M::Stac
+        | M::Clac
         | M::Pushfq
         | M::Rdtsc
         | M::Rdtscp => return Class::Special,

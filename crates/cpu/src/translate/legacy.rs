@@ -7,7 +7,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::access::{STACK_WINDOW, window_number};
 use super::asm::{Alu, GUEST_RSP, HOME, RAX, RBP, RCX, Reg, T0, T1, cc};
@@ -22,6 +22,8 @@ pub(super) struct SegmentFault {
     jump: usize,
     ip: u64,
     vector: u8,
+    /// A pending x87 exception goes before it.
+    waits: bool,
 }
 
 /// What to do with an instruction that was decoded as 16- or 32-bit code, where that is not
@@ -95,6 +97,9 @@ fn fault_vector(segment: usize) -> u8 {
     segment_fault(segment).vector
 }
 
+/// Beside the vector of a fault: a pending x87 exception goes before it.
+pub(crate) const FAULT_WAITS: u64 = 1 << 8;
+
 const BELOW: u8 = 2;
 
 impl Lower<'_> {
@@ -133,22 +138,30 @@ impl Lower<'_> {
             // sums of several steps
             self.cut_t0_to_word();
         }
-        let memory = (0..instruction.op_count())
-            .find(|&i| instruction.op_kind(i) == OpKind::Memory)
-            .unwrap_or(0);
-        let access = self.tools.info.info(instruction).op_access(memory);
-        let store = !matches!(access, OpAccess::Read | OpAccess::CondRead);
-        let size = instruction.memory_size().size().max(1);
+        let (what, size) = self.memory_use(instruction).unwrap_or((meta::STORE, 1));
+        self.fault_waits = what & meta::WAITS != 0;
+        let store = what & meta::STORE != 0;
         let segment = segment_number(instruction.memory_segment());
+        let checked = legacy.checked >> segment & 1 != 0;
         let based = legacy.based >> segment & 1 != 0;
-        if based && legacy.checked >> segment & 1 == 0 && !is_inside(instruction, size as u64) {
+        if checked && segment == index::SS && what & meta::ALIGNED != 0 {
+            // the #GP for what is misaligned goes before this segment's #SS
+            self.asm.mov(T1, T0);
+            self.add_base(T1, segment);
+            self.asm.raw(&[0x41, 0xf7, 0xc3]); // test r11d, size - 1
+            self.asm.raw(&(size - 1).to_le_bytes());
+            let misaligned = self.asm.jcc_forward(cc::NE);
+            self.segment_fault(misaligned, vector::GP);
+        }
+        if based && !checked && !is_inside(instruction, size.into()) {
             // what reaches beyond 4 GiB of a flat segment wraps in the linear addresses only
             self.asm.lea(T1, Some(T0), None, size as i32 - 1, false);
             self.asm.shift(5, T1, 32);
             let beyond = self.asm.jcc_forward(cc::NE);
             self.segment_fault(beyond, fault_vector(segment));
         }
-        self.segment_access(legacy, segment, size as u32, store);
+        self.segment_access(legacy, segment, size, store);
+        self.fault_waits = false;
     }
 
     /// Checks `size` bytes at the offset in T0 against a segment, and adds its base.
@@ -170,16 +183,27 @@ impl Lower<'_> {
             self.segment_fault(above, fault_vector(segment));
         }
         if legacy.based >> segment & 1 != 0 {
-            // add r10d, gs:[base]
-            self.asm.raw(&[0x65, 0x44, 0x03, 0x14, 0x25]);
-            self.asm.raw(&base_of(segment).to_le_bytes());
+            self.add_base(T0, segment);
             self.wraps = meta::WRAPS;
         }
     }
 
+    /// Adds a segment's base to T0 or T1 in 32 bits.
+    fn add_base(&mut self, to: Reg, segment: usize) {
+        // add to, gs:[base]
+        self.asm.raw(&[0x65, 0x44, 0x03, (to.0 & 7) << 3 | 4, 0x25]);
+        self.asm.raw(&base_of(segment).to_le_bytes());
+    }
+
     fn segment_fault(&mut self, jump: usize, vector: u8) {
         let ip = self.current_ip();
-        self.segment_faults.push(SegmentFault { jump, ip, vector });
+        let waits = self.fault_waits;
+        self.segment_faults.push(SegmentFault {
+            jump,
+            ip,
+            vector,
+            waits,
+        });
     }
 
     /// Writes where segment faults are raised.
@@ -187,7 +211,8 @@ impl Lower<'_> {
         for fault in std::mem::take(&mut self.segment_faults) {
             self.asm.aim(fault.jump);
             self.asm.mov_imm(T0, fault.ip);
-            self.asm.mov_imm(T1, fault.vector.into());
+            let waits = if fault.waits { FAULT_WAITS } else { 0 };
+            self.asm.mov_imm(T1, u64::from(fault.vector) | waits);
             self.asm.jmp(self.thunks().fault);
         }
     }

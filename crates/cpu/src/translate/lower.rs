@@ -16,7 +16,7 @@ use super::legacy::SegmentFault;
 use super::spans::Role;
 use super::thunks::Thunks;
 use crate::mmu::{
-    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, apart_table, jump_index,
+    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, Rights, apart_table, jump_index,
     jump_table,
 };
 use crate::segmentation::Legacy;
@@ -50,14 +50,34 @@ pub(crate) struct Mode {
     pub(crate) single: bool,
     /// Every access is checked by itself: no spans.
     pub(crate) apart: bool,
+    /// Ring 1 or 2.
+    pub(crate) middle: bool,
+    /// SMAP is on, so that STAC and CLAC change what may be accessed.
+    pub(crate) smap: bool,
+    /// It is, and RFLAGS.AC is set in the supervisor.
+    pub(crate) open: bool,
     /// What matters outside of 64-bit mode.
     pub(crate) legacy: Option<Legacy>,
 }
 
 impl Mode {
+    /// Whose rights accesses have where a block begins.
+    pub(crate) fn rights(&self) -> Rights {
+        match (self.user, self.open) {
+            (true, _) => Rights::User,
+            (false, true) => Rights::Open,
+            (false, false) => Rights::Supervisor,
+        }
+    }
+
     /// Which jump cache leads on from blocks of this mode.
     pub(crate) fn jumps(&self) -> usize {
-        jump_table(self.user, self.legacy.is_some())
+        self.jumps_with(self.rights())
+    }
+
+    /// Which jump cache leads to blocks of this mode but for these rights.
+    fn jumps_with(&self, rights: Rights) -> usize {
+        jump_table(rights, self.legacy.is_some())
     }
 
     /// What stands for a block at `rip` in the jump cache.
@@ -111,6 +131,7 @@ struct PendingExit {
     target: u64,
     /// The guest's flags are in the host's only, where this leaves from the block's middle.
     flags_in_host: bool,
+    rights: Rights,
 }
 
 /// Bits of the word that tells the slow path what an access is.
@@ -160,6 +181,8 @@ pub(crate) struct Lower<'a> {
     pub(super) tools: &'a mut Tools,
     pub(super) thunks: &'a Thunks,
     pub(super) mode: Mode,
+    /// Whose rights accesses have now: STAC and CLAC change them.
+    pub(super) rights: Rights,
     start: u64,
     first_system: u32,
     first_exit: u32,
@@ -176,6 +199,8 @@ pub(crate) struct Lower<'a> {
     /// Indirect calls to non-canonical addresses.
     far_faults: Vec<(usize, Instruction)>,
     pub(super) segment_faults: Vec<SegmentFault>,
+    /// The instruction reports pending x87 exceptions before segment faults.
+    pub(super) fault_waits: bool,
     /// What the address of the next access adds to its word for the slow path.
     pub(super) wraps: u32,
     entry: usize,
@@ -206,6 +231,7 @@ impl<'a> Lower<'a> {
             flags: Flags::Ax,
             tools,
             thunks,
+            rights: mode.rights(),
             mode,
             start,
             first_system: numbers.first_system,
@@ -220,6 +246,7 @@ impl<'a> Lower<'a> {
             misses: Vec::new(),
             far_faults: Vec::new(),
             segment_faults: Vec::new(),
+            fault_waits: false,
             wraps: 0,
             entry: 0,
         }
@@ -376,7 +403,11 @@ impl<'a> Lower<'a> {
                 true
             }
             Mnemonic::Sti if self.is_ring0() && !self.mode.single => self.sti(instruction),
-            Mnemonic::Swapgs if !self.mode.user => {
+            Mnemonic::Stac | Mnemonic::Clac if self.is_ring0() && self.mode.legacy.is_none() => {
+                self.set_ac(instruction.mnemonic() == Mnemonic::Stac);
+                true
+            }
+            Mnemonic::Swapgs if self.is_ring0() => {
                 self.asm.load_gs(T0, state_offset!(gs_base));
                 self.asm.load_gs(T1, state_offset!(kernel_gs_base));
                 self.asm.store_gs(state_offset!(gs_base), T1);
@@ -403,9 +434,21 @@ impl<'a> Lower<'a> {
         }
     }
 
-    /// Whether CLI and STI are allowed for certain.
     fn is_ring0(&self) -> bool {
-        !self.mode.user && self.mode.legacy.is_none_or(|legacy| legacy.ring0)
+        !self.mode.user && !self.mode.middle
+    }
+
+    /// STAC and CLAC: under SMAP, the accesses that follow have other rights.
+    fn set_ac(&mut self, on: bool) {
+        let ac = rflags::AC as i32;
+        if on {
+            self.system_flags(Alu::Or, ac);
+        } else {
+            self.system_flags(Alu::And, !ac);
+        }
+        if self.mode.smap {
+            self.rights = if on { Rights::Open } else { Rights::Supervisor };
+        }
     }
 
     /// STI with its shadow: the block goes on with the next instruction, and attention is
@@ -498,6 +541,7 @@ impl<'a> Lower<'a> {
             jump,
             target,
             flags_in_host: false,
+            rights: self.rights,
         });
     }
 
@@ -511,6 +555,7 @@ impl<'a> Lower<'a> {
             jump,
             target: instruction.near_branch_target(),
             flags_in_host: self.flags == Flags::Host,
+            rights: self.rights,
         });
     }
 
@@ -626,7 +671,7 @@ impl<'a> Lower<'a> {
         a.shift(5, T1, JUMP_SHIFT - entry.trailing_zeros() as u8);
         a.and32(T1, ((JUMP_ENTRIES - 1) * entry) as u32);
         a.alu_gs(Alu::Add, T1, state_offset!(space));
-        let entry = jumps_offset(self.mode.jumps());
+        let entry = jumps_offset(self.mode.jumps_with(self.rights));
         a.alu_mem(Alu::Cmp, T0, T1, entry);
         let miss = a.jcc_forward(cc::NE);
         a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
@@ -678,7 +723,7 @@ impl<'a> Lower<'a> {
                     stub,
                 });
             } else {
-                self.far_exit(target);
+                self.far_exit(target, exit.rights);
             }
         }
         Lowered {
@@ -697,9 +742,9 @@ impl<'a> Lower<'a> {
 
     /// To the block for the instruction at an offset from here that checks every access by
     /// itself.
-    pub(super) fn go_apart(&mut self, guest: u16) {
+    pub(super) fn go_apart(&mut self, guest: u16, rights: Rights) {
         let target = self.start.wrapping_add(guest.into());
-        let line = jumps_offset(apart_table(self.mode.user))
+        let line = jumps_offset(apart_table(rights))
             + (jump_index(target) * size_of::<JumpEntry>()) as i32;
         let a = &mut self.asm;
         a.mov_imm(T0, target);
@@ -710,9 +755,9 @@ impl<'a> Lower<'a> {
     }
 
     /// To another page, whose mapping may change: through the jump cache.
-    fn far_exit(&mut self, target: u64) {
-        let entry =
-            jumps_offset(self.mode.jumps()) + (jump_index(target) * size_of::<JumpEntry>()) as i32;
+    fn far_exit(&mut self, target: u64, rights: Rights) {
+        let entry = jumps_offset(self.mode.jumps_with(rights))
+            + (jump_index(target) * size_of::<JumpEntry>()) as i32;
         let a = &mut self.asm;
         if self.mode.single {
             a.mov_imm(T0, target);

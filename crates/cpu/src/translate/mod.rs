@@ -13,7 +13,7 @@ pub(crate) mod asm;
 pub(crate) mod cache;
 pub(crate) mod classify;
 mod generic;
-mod legacy;
+pub(crate) mod legacy;
 pub(crate) mod lower;
 mod plain;
 mod spans;

@@ -8,7 +8,7 @@ use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
 };
 use super::lower::meta;
-use crate::mmu::{AddressSpace, TLB_ENTRIES, TlbEntry, tlb_number};
+use crate::mmu::{AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, tlb_number};
 use crate::state::{WINDOWS, Window, WindowSet, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
@@ -74,14 +74,14 @@ pub(crate) struct Thunks {
     pub(crate) commit: u64,
     pub(crate) apart: u64,
     /// Slow path of an access, through the TLB first. Indexed by [`slow_index`].
-    pub(crate) slow: [u64; 4],
+    pub(crate) slow: [u64; TLBS],
     /// The same without the TLB.
-    pub(crate) slow_always: [u64; 4],
+    pub(crate) slow_always: [u64; TLBS],
 }
 
 /// Which slow thunk.
-pub(crate) fn slow_index(user: bool, store: bool) -> usize {
-    tlb_number(user, store)
+pub(crate) fn slow_index(rights: Rights, store: bool) -> usize {
+    tlb_number(rights, store)
 }
 
 /// Offset of the windows that an access of ring 3 may go through, in the state block.
@@ -90,8 +90,8 @@ pub(crate) fn window_offset(store: bool) -> i32 {
 }
 
 /// Offset of a TLB's tags in the address space; their deltas are [`DELTA`] further.
-pub(crate) fn tag_offset(user: bool, store: bool) -> i32 {
-    let table = tlb_number(user, store) * size_of::<[TlbEntry; TLB_ENTRIES]>();
+pub(crate) fn tag_offset(rights: Rights, store: bool) -> i32 {
+    let table = tlb_number(rights, store) * size_of::<[TlbEntry; TLB_ENTRIES]>();
     (std::mem::offset_of!(AddressSpace, tlb) + table + std::mem::offset_of!(TlbEntry, tag)) as i32
 }
 
@@ -188,15 +188,15 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     a.jmp(leave);
     thunks.fpu_load = fpu_load(a, mask);
     thunks.commit = commit(a, mask, callbacks.commit);
-    for user in [false, true] {
+    for rights in Rights::ALL {
         for store in [false, true] {
-            thunks.slow_always[slow_index(user, store)] = slow(a, mask, callbacks.access, leave);
+            thunks.slow_always[slow_index(rights, store)] = slow(a, mask, callbacks.access, leave);
         }
     }
-    for user in [false, true] {
+    for rights in Rights::ALL {
         for store in [false, true] {
-            let index = slow_index(user, store);
-            thunks.slow[index] = through_tlb(a, user, store, thunks.slow_always[index]);
+            let index = slow_index(rights, store);
+            thunks.slow[index] = through_tlb(a, rights, store, thunks.slow_always[index]);
         }
     }
     thunks
@@ -260,10 +260,10 @@ fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
 
 /// The address of the TLB line for the linear address in `address` into T1, less the tags'
 /// offset.
-pub(crate) fn line_of(a: &mut Asm, address: Reg, user: bool) {
+pub(crate) fn line_of(a: &mut Asm, address: Reg, rights: Rights) {
     let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
     a.mov(T1, address);
-    if user {
+    if rights == Rights::User {
         a.shift(5, T1, 12 - shift);
     } else {
         a.shift(5, T1, 12);
@@ -277,18 +277,18 @@ pub(crate) fn line_of(a: &mut Asm, address: Reg, user: bool) {
 /// Looks an access up in the TLB. One that is there has its window filled, for ring 3; one
 /// that crosses into a page that follows in host memory too is done in place; a span that
 /// crosses otherwise goes apart. All else goes on with `slow`. In and out as there.
-fn through_tlb(a: &mut Asm, user: bool, store: bool, slow: u64) -> u64 {
+fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
     let at = a.here();
-    let tag = tag_offset(user, store);
+    let tag = tag_offset(rights, store);
     a.push(RAX);
     a.push(RCX);
-    line_of(a, T0, user);
+    line_of(a, T0, rights);
     // the distance from the page that the line is of
     a.mov(RAX, T0);
     a.alu_mem(Alu::Sub, RAX, T1, tag);
     a.alu_imm(Alu::Cmp, RAX, 4095);
     let miss = a.jcc_forward(cc::A);
-    let crosses = user.then(|| {
+    let crosses = (rights == Rights::User).then(|| {
         a.raw(&[0x8b, 0x4c, 0x24, 24]); // mov ecx, [rsp + 24]: meta
         a.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
         a.alu(Alu::Add, RAX, RCX);
@@ -308,7 +308,7 @@ fn through_tlb(a: &mut Asm, user: bool, store: bool, slow: u64) -> u64 {
     a.load(RAX, T1, tag);
     a.load(RCX, T1, tag + DELTA);
     a.alu_imm(Alu::Add, RAX, 4096);
-    line_of(a, RAX, user);
+    line_of(a, RAX, rights);
     a.alu_mem(Alu::Cmp, RAX, T1, tag);
     let absent = a.jcc_forward(cc::NE);
     a.alu_mem(Alu::Cmp, RCX, T1, tag + DELTA);

@@ -25,6 +25,7 @@ pub(super) struct Builder {
 
 impl Builder {
     pub(super) fn new(width: Width, mut registers: Registers, xsave: &Xsave) -> Self {
+        registers.gpr[RSP] = width.stack_offset(registers.gpr[RSP]);
         for value in &mut registers.gpr {
             *value &= width.mask();
         }
@@ -55,6 +56,7 @@ impl Builder {
         match self.width() {
             Width::Bits64 => gpr64(n),
             Width::Bits32 => Register::EAX + n as u32,
+            Width::Bits16 => Register::AX + n as u32,
         }
     }
 
@@ -66,7 +68,10 @@ impl Builder {
     fn load_of(&self, n: usize, value: u64) -> Option<Instruction> {
         match self.width() {
             Width::Bits64 => Instruction::with2(Code::Mov_r64_imm64, gpr64(n), value),
-            Width::Bits32 => Instruction::with2(Code::Mov_r32_imm32, self.pointer(n), value as u32),
+            Width::Bits32 | Width::Bits16 => {
+                let register = Register::EAX + n as u32;
+                Instruction::with2(Code::Mov_r32_imm32, register, value as u32)
+            }
         }
         .ok()
     }
@@ -186,7 +191,7 @@ impl Builder {
 
     /// Appends a direct branch to item `target`.
     pub(super) fn push_branch(&mut self, code: Code, target: usize) {
-        if let Ok(branch) = Instruction::with_branch(code, CODE)
+        if let Ok(branch) = Instruction::with_branch(code, self.width().ip(CODE))
             && self.push(branch)
         {
             self.last_target(Reference::Branch, target);
@@ -202,7 +207,8 @@ impl Builder {
     /// Appends an instruction if it can be encoded, and learns what it does to registers.
     pub(super) fn push(&mut self, instruction: Instruction) -> bool {
         let item = Item::from(instruction);
-        if encode(&item, self.width(), CODE, |_| Some(CODE)).is_none() {
+        let ip = self.width().ip(CODE);
+        if encode(&item, self.width(), ip, |_| Some(ip)).is_none() {
             return false;
         }
         self.program.items.push(item);

@@ -84,11 +84,15 @@ pub(super) fn set_operand(
         }
         10..=11 => {
             instruction.set_segment_prefix(rng.pick(&[Register::DS, Register::ES, Register::CS]));
-            linear
+            builder.width().data_offset(linear)
         }
-        _ => linear,
+        12..=14 if builder.width() == Width::Bits16 => {
+            instruction.set_segment_prefix(Register::SS);
+            linear.wrapping_sub(layout::STACK_16.base)
+        }
+        _ => builder.width().data_offset(linear),
     };
-    if builder.width() == Width::Bits32 {
+    if builder.width() != Width::Bits64 {
         return set_narrow_operand(builder, rng, instruction, offset & 0xffff_ffff);
     }
     if rng.chance(10) && offset.abs_diff(layout::CODE) < 0x7000_0000 {
@@ -114,12 +118,15 @@ fn set_narrow_operand(
     instruction: &mut Instruction,
     offset: u64,
 ) -> bool {
+    let short = builder.width() == Width::Bits16;
     if rng.chance(10) {
-        instruction.set_memory_displ_size(4);
+        let size = if short && offset <= 0xffff { 2 } else { 4 };
+        instruction.set_memory_displ_size(size);
         instruction.set_memory_displacement64(offset);
         return true;
     }
-    if rng.chance(2) || offset <= 0xffff && rng.chance(50) {
+    let percent = if short { 85 } else { 50 };
+    if rng.chance(2) || offset <= 0xffff && rng.chance(percent) {
         return set_short_operand(builder, rng, instruction, offset & 0xffff);
     }
     let form = pick_form(builder, rng, false);
@@ -144,6 +151,10 @@ fn set_short_operand(
         (R::BP, R::None),
         (R::BX, R::None),
     ]);
+    // BP is relative to SS, which is where only some of these are to go
+    if base == R::BP && instruction.segment_prefix() == R::None && rng.chance(90) {
+        instruction.set_segment_prefix(R::DS);
+    }
     let mut rest = offset;
     for register in [base, index] {
         if register == R::None {
@@ -315,9 +326,14 @@ pub(super) fn set_vector_operand(
     else {
         return false;
     };
-    builder.make(base, linear);
+    let offset = builder.width().data_offset(linear);
+    builder.make(base, offset);
     instruction.set_op_kind(operand, OpKind::Memory);
-    instruction.set_memory_base(builder.pointer(base));
+    let name = match builder.width() {
+        Width::Bits64 => gpr64(base),
+        _ => Register::EAX + base as u32,
+    };
+    instruction.set_memory_base(name);
     instruction.set_memory_index(register);
     instruction.set_memory_index_scale(scale as u32);
     true

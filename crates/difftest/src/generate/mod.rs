@@ -25,11 +25,11 @@ const SEQUENCE_MAX: u64 = 20;
 
 /// Makes the program number `index` of a run.
 pub fn program(catalog: &Catalog, rng: &mut Rng, index: u64) -> (Program, Case) {
-    // every other pair of cases is 32-bit code
-    let width = if index & 2 == 0 {
-        Width::Bits64
-    } else {
-        Width::Bits32
+    // every other pair of cases is 32- or 16-bit code
+    let width = match index & 6 {
+        2 => Width::Bits32,
+        6 => Width::Bits16,
+        _ => Width::Bits64,
     };
     for _ in 0..64 {
         let program = if index.is_multiple_of(2) {
@@ -167,12 +167,22 @@ fn spoil(program: &mut Program, rng: &mut Rng) {
     if item.target.is_some() {
         return;
     }
-    let Some(mut bytes) = encode(item, program.width, program.code_address, |_| None) else {
+    let Some(mut bytes) = encode(
+        item,
+        program.width,
+        program.width.ip(program.code_address),
+        |_| None,
+    ) else {
         return;
     };
     bytes.insert(0, rng.pick(&PREFIXES));
     let bits = program.width.bits();
-    let mut decoder = Decoder::with_ip(bits, &bytes, program.code_address, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(
+        bits,
+        &bytes,
+        program.width.ip(program.code_address),
+        DecoderOptions::NONE,
+    );
     let instruction = decoder.decode();
     // AMD cuts near branches to 16 bits by prefix 66, Intel does not
     let mut disputed = bytes[0] == 0x66 && instruction.flow_control() != FlowControl::Next;

@@ -168,7 +168,8 @@ fn set_absolute(
     instruction.set_op_kind(operand, OpKind::Memory);
     instruction.set_memory_displ_size(builder.width().bits() / 8);
     let linear = memory::address(rng, size, builder.program.code_address);
-    instruction.set_memory_displacement64(linear & builder.width().mask());
+    let offset = builder.width().data_offset(linear);
+    instruction.set_memory_displacement64(offset & builder.width().mask());
     true
 }
 
@@ -242,9 +243,14 @@ fn set_other(
         instruction.set_near_branch64(crate::layout::CODE);
         return true;
     }
+    if matches!(kind, Kind::br16_1 | Kind::br16_2) {
+        instruction.set_op_kind(operand, OpKind::NearBranch16);
+        instruction.set_near_branch16(builder.width().ip(crate::layout::CODE) as u16);
+        return true;
+    }
     if matches!(kind, Kind::br32_1 | Kind::br32_4) {
         instruction.set_op_kind(operand, OpKind::NearBranch32);
-        instruction.set_near_branch32(crate::layout::CODE as u32);
+        instruction.set_near_branch32(builder.width().ip(crate::layout::CODE) as u32);
         return true;
     }
     if kind == Kind::seg_rBX_al {
@@ -294,17 +300,21 @@ fn fixed_register(rng: &mut Rng, width: Width, kind: Kind) -> Option<Register> {
 /// narrow follows from how many items there are, so that both operands get the same.
 fn string_operand(builder: &Builder, _rng: &mut Rng, kind: Kind) -> Option<OpKind> {
     let narrow = builder.length() % 16 == 7;
-    let long = builder.width() == Width::Bits64;
-    Some(match (kind, long, narrow) {
-        (Kind::seg_rSI, true, false) => OpKind::MemorySegRSI,
-        (Kind::es_rDI, true, false) => OpKind::MemoryESRDI,
-        (Kind::seg_rDI, true, false) => OpKind::MemorySegRDI,
-        (Kind::seg_rSI, false, true) => OpKind::MemorySegSI,
-        (Kind::es_rDI, false, true) => OpKind::MemoryESDI,
-        (Kind::seg_rDI, false, true) => OpKind::MemorySegDI,
-        (Kind::seg_rSI, ..) => OpKind::MemorySegESI,
-        (Kind::es_rDI, ..) => OpKind::MemoryESEDI,
-        (Kind::seg_rDI, ..) => OpKind::MemorySegEDI,
+    let bits = match (builder.width(), narrow) {
+        (Width::Bits64, false) => 64,
+        (Width::Bits64 | Width::Bits16, true) | (Width::Bits32, false) => 32,
+        (Width::Bits32, true) | (Width::Bits16, false) => 16,
+    };
+    Some(match (kind, bits) {
+        (Kind::seg_rSI, 64) => OpKind::MemorySegRSI,
+        (Kind::es_rDI, 64) => OpKind::MemoryESRDI,
+        (Kind::seg_rDI, 64) => OpKind::MemorySegRDI,
+        (Kind::seg_rSI, 32) => OpKind::MemorySegESI,
+        (Kind::es_rDI, 32) => OpKind::MemoryESEDI,
+        (Kind::seg_rDI, 32) => OpKind::MemorySegEDI,
+        (Kind::seg_rSI, _) => OpKind::MemorySegSI,
+        (Kind::es_rDI, _) => OpKind::MemoryESDI,
+        (Kind::seg_rDI, _) => OpKind::MemorySegDI,
         _ => return None,
     })
 }

@@ -4,10 +4,10 @@
 //! What they store is not compared (see `compare`), only what is loaded from it again. Their
 //! images lie on pages of their own, which no other operand is put on.
 
-use iced_x86::{Code, Instruction, MemoryOperand};
+use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
-use super::builder::Builder;
-use crate::case::{HEADER_OFFSET, PATCH_SIZE, Patch};
+use super::builder::{Builder, gpr64};
+use crate::case::{HEADER_OFFSET, PATCH_SIZE, Patch, Width};
 use crate::layout::{HOLE, IMAGES, IMAGES_SIZE, PAGE, READ_ONLY};
 use crate::rng::Rng;
 
@@ -89,8 +89,12 @@ fn use_image(builder: &mut Builder, rng: &mut Rng, code: Code, image: u64) {
     builder.make(RAX, components);
     builder.make(RDX, 0);
     let base = builder.pick_free(rng, &[RAX, RDX]).unwrap_or(3);
-    builder.make(base, image);
-    let operand = MemoryOperand::with_base(builder.pointer(base));
+    builder.make(base, builder.width().data_offset(image));
+    let name = match builder.width() {
+        Width::Bits64 => gpr64(base),
+        _ => Register::EAX + base as u32,
+    };
+    let operand = MemoryOperand::with_base(name);
     if let Ok(instruction) = Instruction::with1(code, operand) {
         builder.push(instruction);
     }

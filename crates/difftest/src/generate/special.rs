@@ -39,15 +39,16 @@ pub(super) fn prepare(builder: &mut Builder, rng: &mut Rng, instruction: &mut In
         }
         Mnemonic::Xlatb => {
             let table = memory::address(rng, 1, code_address);
+            let table = builder.width().data_offset(table);
             builder.make(RBX, table.wrapping_sub(rng.below(256)));
         }
         Mnemonic::Maskmovdqu | Mnemonic::Maskmovq | Mnemonic::Vmaskmovdqu => {
             let place = memory::address(rng, 16, code_address);
-            builder.make(RDI, place);
+            builder.make(RDI, builder.width().data_offset(place));
         }
         Mnemonic::Leave | Mnemonic::Enter if rng.chance(85) => {
             let frame = state::stack_pointer(rng);
-            builder.make(RBP, frame);
+            builder.make(RBP, builder.width().stack_offset(frame));
         }
         Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq => {
             let flags = state::popped_flags(rng);
@@ -57,7 +58,8 @@ pub(super) fn prepare(builder: &mut Builder, rng: &mut Rng, instruction: &mut In
             on_stack(builder, rng, |_| None);
             if let Some(rsp) = builder.known(RSP).filter(|_| rng.chance(85)) {
                 let target = builder.length() + 1 + rng.index(4);
-                builder.fixup(target, Place::Memory(rsp));
+                let place = builder.width().stack_linear(rsp);
+                builder.fixup(target, Place::Memory(place));
             }
         }
         _ if uses_strings(code) => prepare_string(builder, rng, size),
@@ -88,8 +90,8 @@ fn prepare_string(builder: &mut Builder, rng: &mut Rng, size: u64) {
         15..=17 => rng.below(300),
         _ => rng.below(6000),
     };
-    builder.make(RSI, source);
-    builder.make(RDI, destination);
+    builder.make(RSI, builder.width().data_offset(source));
+    builder.make(RDI, builder.width().data_offset(destination));
     builder.make(RCX, count);
 }
 
@@ -97,10 +99,11 @@ fn prepare_string(builder: &mut Builder, rng: &mut Rng, size: u64) {
 fn on_stack(builder: &mut Builder, rng: &mut Rng, patch: impl Fn(u64) -> Option<Patch>) {
     if builder.known(RSP).is_none() && rng.chance(70) {
         let rsp = state::stack_pointer(rng);
-        builder.make(RSP, rsp);
+        builder.make(RSP, builder.width().stack_offset(rsp));
     }
     if let Some(patch) = builder
         .known(RSP)
+        .map(|rsp| builder.width().stack_linear(rsp))
         .filter(|&rsp| is_mapped(rsp, 8))
         .and_then(patch)
     {
@@ -205,7 +208,7 @@ pub(super) fn aim(builder: &mut Builder, rng: &mut Rng) {
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch | FlowControl::Call
         ) && matches!(
             instruction.op0_kind(),
-            OpKind::NearBranch64 | OpKind::NearBranch32
+            OpKind::NearBranch64 | OpKind::NearBranch32 | OpKind::NearBranch16
         )
     });
     if is_branch {
@@ -226,6 +229,8 @@ pub(super) fn pattern(
         0 => counted_loop(builder, rng, filler),
         1 => super::save::pattern(builder, rng, filler),
         2 => call_and_return(builder, rng, filler),
+        // 16-bit code cannot write to its own segment, nor reach it through another
+        _ if builder.width() == Width::Bits16 => {}
         _ => self_modification(builder, rng, filler),
     }
 }
@@ -249,19 +254,22 @@ fn close_loop(builder: &mut Builder, rng: &mut Rng, top: usize, count: u64) {
     if builder.known(RCX) != Some(count) {
         return;
     }
-    let long = builder.width() == Width::Bits64;
-    let (looped, dec, branches) = if long {
-        (
+    let (looped, dec, branches) = match builder.width() {
+        Width::Bits64 => (
             Code::Loop_rel8_64_RCX,
             Code::Dec_rm64,
             [Code::Jne_rel8_64, Code::Jne_rel32_64, Code::Jg_rel32_64],
-        )
-    } else {
-        (
+        ),
+        Width::Bits32 => (
             Code::Loop_rel8_32_ECX,
             Code::Dec_r32,
             [Code::Jne_rel8_32, Code::Jne_rel32_32, Code::Jg_rel32_32],
-        )
+        ),
+        Width::Bits16 => (
+            Code::Loop_rel8_16_CX,
+            Code::Dec_r16,
+            [Code::Jne_rel8_16, Code::Jne_rel16, Code::Jg_rel16],
+        ),
     };
     if rng.chance(40) {
         builder.push_branch(looped, top);
@@ -279,15 +287,16 @@ fn call_and_return(
     filler: &mut dyn FnMut(&mut Builder, &mut Rng),
 ) {
     let rsp = builder.known(RSP);
-    if !rsp.is_some_and(|rsp| (STACK + 64..STACK_END).contains(&rsp)) {
+    let width = builder.width();
+    let linear = rsp.map(|rsp| width.stack_linear(rsp));
+    if !linear.is_some_and(|rsp| (STACK + 64..STACK_END).contains(&rsp)) {
         let rsp = STACK + 8 * (64 + rng.below(800));
-        builder.load(RSP, rsp);
+        builder.load(RSP, width.stack_offset(rsp));
     }
-    let long = builder.width() == Width::Bits64;
-    let (call_code, jump_code, return_code) = if long {
-        (Code::Call_rel32_64, Code::Jmp_rel32_64, Code::Retnq)
-    } else {
-        (Code::Call_rel32_32, Code::Jmp_rel32_32, Code::Retnd)
+    let (call_code, jump_code, return_code) = match width {
+        Width::Bits64 => (Code::Call_rel32_64, Code::Jmp_rel32_64, Code::Retnq),
+        Width::Bits32 => (Code::Call_rel32_32, Code::Jmp_rel32_32, Code::Retnd),
+        Width::Bits16 => (Code::Call_rel16, Code::Jmp_rel16, Code::Retnw),
     };
     builder.push_branch(call_code, 0);
     let call = builder.length() - 1;

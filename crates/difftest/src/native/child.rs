@@ -87,8 +87,6 @@ pub(super) unsafe fn main(channel: *mut Channel, pristine: &[[u8; PAGE_BYTES]]) 
         SERVER.store(&raw mut server, Ordering::Release);
         require(3, set_bases());
         require(4, !server.has_fsgsbase || set_segments());
-        // 64-bit code does without, 32-bit code cannot
-        asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) layout::STACK_SELECTOR, options(nostack));
         require(5, lock_in());
         // enters the handler for the first time, which never comes back here
         asm!("ud2", options(noreturn));
@@ -226,11 +224,19 @@ unsafe fn set_bases() -> bool {
 unsafe fn set_segments() -> bool {
     // struct user_desc: number, base, limit in pages, flags: 32-bit writable data
     const FLAT: u32 = 0x51;
+    // the same of 16 bits, in bytes; code is contents 2
+    const SMALL: u32 = 0x40;
+    const CODE: u32 = 0x44;
     const WRITE: u64 = 0x11;
-    let described = [(0, FS_BASE), (1, GS_BASE)].iter().all(|&(number, base)| {
-        let description = [number, base as u32, 0xf_ffff, FLAT];
+    let flat =
+        [(0, FS_BASE), (1, GS_BASE)].map(|(number, base)| [number, base as u32, 0xf_ffff, FLAT]);
+    let small = layout::SEGMENTS_16.map(|s| {
+        let flags = if s.code { CODE } else { SMALL };
+        [u32::from(s.selector >> 3), s.base as u32, s.limit, flags]
+    });
+    let described = flat.iter().chain(&small).all(|description| {
         let pointer = description.as_ptr() as u64;
-        let size = size_of_val(&description) as u64;
+        let size = size_of_val(description) as u64;
         // SAFETY: the description outlives the call, which only reads it.
         unsafe { system_call(libc::SYS_modify_ldt, WRITE, pointer, size, 0) == 0 }
     });
@@ -462,7 +468,7 @@ impl Server {
         }
         registers[libc::REG_RIP as usize] = case.registers.rip as i64;
         registers[libc::REG_EFL as usize] = case.registers.rflags as i64;
-        set_code_selector(registers, case.width);
+        set_selectors(registers, case.width);
         let frame = context.uc_mcontext.fpregs.cast::<u8>();
         let source = case.xsave.0.as_ptr();
         // SAFETY: as in `record`; the kernel's own fields behind the legacy image and in
@@ -488,14 +494,33 @@ impl Server {
     }
 }
 
-/// Sets CS, which is the lowest of the four selectors that share a slot of the frame.
-fn set_code_selector(registers: &mut [libc::greg_t; 23], width: Width) {
-    let selector = match width {
-        Width::Bits64 => layout::CODE_SELECTOR,
-        Width::Bits32 => layout::CODE_32_SELECTOR,
+/// Sets CS and SS, the lowest and highest of the four selectors that share a slot of the
+/// frame, and loads DS and ES, which are in no frame and which 64-bit code does without.
+fn set_selectors(registers: &mut [libc::greg_t; 23], width: Width) {
+    let (code, stack, data) = match width {
+        Width::Bits64 => (
+            layout::CODE_SELECTOR,
+            layout::STACK_SELECTOR,
+            layout::STACK_SELECTOR,
+        ),
+        Width::Bits32 => (
+            layout::CODE_32_SELECTOR,
+            layout::STACK_SELECTOR,
+            layout::STACK_SELECTOR,
+        ),
+        Width::Bits16 => (
+            layout::CODE_16.selector,
+            layout::STACK_16.selector,
+            layout::DATA_16.selector,
+        ),
     };
     let slot = &mut registers[libc::REG_CSGSFS as usize];
-    *slot = *slot & !0xffff | i64::from(selector);
+    let kept = *slot as u64 & 0x0000_ffff_ffff_0000;
+    *slot = (kept | u64::from(code) | u64::from(stack) << 48) as i64;
+    // SAFETY: `set_segments` made the selectors; 64-bit code uses neither DS nor ES.
+    unsafe {
+        asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) data, options(nostack));
+    }
 }
 
 /// Where the general registers are in a signal frame, in encoding order.

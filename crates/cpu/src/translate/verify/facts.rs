@@ -7,7 +7,8 @@ use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register, UsedRegi
 
 use super::Code64;
 use crate::mmu::{
-    AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry, TLB_ENTRIES, TlbEntry, tlb_number,
+    AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry, Rights, TLB_ENTRIES, TLBS, TlbEntry,
+    tlb_number,
 };
 use crate::state::{WINDOWS, Window, state_offset};
 use crate::translate::lower::meta;
@@ -309,7 +310,7 @@ impl Facts {
                         sym,
                         low: off,
                         size: 4096 - limit as i64,
-                        store: tlb_of_line(at, most) == Some(tlb_number(false, true)),
+                        store: tlb_of_line(at, most).is_some_and(is_for_stores),
                     };
                     self.registers[T1] = Value::Line { most, at, checked };
                 }
@@ -384,8 +385,8 @@ impl Facts {
     fn with_line(&self, mnemonic: Mnemonic, to: Value, at: i64) -> Option<Value> {
         match (mnemonic, to, self.registers[T1]) {
             (Mnemonic::Sub, Value::Plain { sym, off }, Value::Space { most }) => {
-                let tlb = tlb_of_line(at, most)?;
-                (tlb < tlb_number(true, false)).then_some(Value::FromTag { sym, off, at })
+                tlb_of_line(at, most)?;
+                Some(Value::FromTag { sym, off, at })
             }
             // on either way from the comparison T1 is what it was
             (
@@ -508,13 +509,18 @@ fn window_is_for_stores(at: i64) -> bool {
     kind.is_some_and(|kind| kind & 1 != 0)
 }
 
+/// Whether a TLB's lines are for stores.
+fn is_for_stores(tlb: usize) -> bool {
+    Rights::ALL.iter().any(|r| tlb == tlb_number(*r, true))
+}
+
 /// The TLB that has its tags at a displacement, plus an index of at most `most`.
 fn tlb_of_line(at: i64, most: u32) -> Option<usize> {
     let line = size_of::<TlbEntry>() as i64;
     let table = TLB_ENTRIES as i64 * line;
     let from = at - offset_of!(AddressSpace, tlb) as i64;
     let whole = offset_of!(TlbEntry, tag) == 0 && from % table == 0;
-    (whole && i64::from(most) == table - line && (0..4 * table).contains(&from))
+    (whole && i64::from(most) == table - line && (0..TLBS as i64 * table).contains(&from))
         .then_some((from / table) as usize)
 }
 

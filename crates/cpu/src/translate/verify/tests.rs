@@ -89,6 +89,9 @@ const SUPERVISOR: Mode = Mode {
     aligned: false,
     single: false,
     apart: false,
+    middle: false,
+    smap: true,
+    open: false,
     legacy: None,
 };
 const USER: Mode = Mode {
@@ -106,7 +109,6 @@ fn legacy(big: bool, segments: u8) -> Mode {
         legacy: Some(Legacy {
             big_code: big,
             big_stack: big,
-            ring0: false,
             checked: segments,
             based: segments,
             code_base: 0x1_0000,
@@ -214,6 +216,7 @@ impl Random {
             aligned: bits & 0x0e == 0,
             single: bits & 0x70 == 0,
             apart: bits & 0x80 != 0,
+            open: bits & 0x81 == 0x80,
             ..SUPERVISOR
         }
     }
