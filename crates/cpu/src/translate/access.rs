@@ -110,26 +110,23 @@ impl Lower<'_> {
         if self.mode.legacy.is_some() {
             return self.legacy_effective(instruction, extra);
         }
+        self.sum_into(T0, instruction, extra, false);
+    }
+
+    /// The effective address of 64-bit code into `to`; flags stay. `low`: its lower half,
+    /// zero-extended.
+    pub(super) fn sum_into(&mut self, to: Reg, instruction: &Instruction, extra: i32, low: bool) {
         let base = instruction.memory_base();
         let index = instruction.memory_index();
         let displacement = instruction.memory_displacement64();
-        if base == Register::RIP || base == Register::EIP {
-            self.asm.mov_imm(T0, displacement);
+        let fixed = base == Register::RIP || base == Register::EIP;
+        if fixed || base == Register::None && index == Register::None {
+            let low = low || !fixed && instruction.memory_displ_size() == 4;
+            let mask = if low { u64::from(u32::MAX) } else { u64::MAX };
+            self.asm.mov_imm(to, displacement & mask);
             return;
         }
-        if base == Register::None && index == Register::None {
-            let narrow = instruction.memory_displ_size() == 4;
-            self.asm.mov_imm(
-                T0,
-                if narrow {
-                    displacement & 0xffff_ffff
-                } else {
-                    displacement
-                },
-            );
-            return;
-        }
-        let narrow = base.size() == 4 || index.size() == 4;
+        let narrow = low || base.size() == 4 || index.size() == 4;
         let host_base =
             (base != Register::None).then(|| self.register(base.full_register().number(), T0));
         let host_index = (index != Register::None).then(|| {
@@ -138,7 +135,10 @@ impl Lower<'_> {
         });
         let disp = displacement as i32;
         let total = disp.wrapping_add(extra);
-        self.asm.lea(T0, host_base, host_index, total, narrow);
+        match (host_base, host_index) {
+            (Some(base), None) if total == 0 && !narrow => self.asm.mov(to, base),
+            _ => self.asm.lea(to, host_base, host_index, total, narrow),
+        }
     }
 
     /// Whether a fault of the memory operand's address is the stack segment's.

@@ -508,9 +508,13 @@ impl<'a> Lower<'a> {
         if instruction.op1_kind() != OpKind::Memory {
             return false;
         }
-        self.effective_address(instruction, 0);
         let to = instruction.op0_register();
         let guest = to.full_register().number();
+        if let (Some(home), true, None) = (HOME[guest], to.size() >= 4, self.mode.legacy) {
+            self.sum_into(home, instruction, 0, to.size() == 4);
+            return true;
+        }
+        self.effective_address(instruction, 0);
         match to.size() {
             8 => self.set_register(guest, T0),
             4 => {

@@ -25,9 +25,23 @@ struct FlagUse {
     writes: bool,
 }
 
+/// Whether a shift's count is known and not zero.
+fn shifts_for_sure(i: &Instruction) -> bool {
+    let last = i.op_count() - 1;
+    let mask = if i.op0_register().size() == 8 || i.memory_size().size() == 8 {
+        63
+    } else {
+        31
+    };
+    match i.op_kind(last) {
+        OpKind::Immediate8 => i.immediate8() & mask != 0,
+        _ => false,
+    }
+}
+
 fn flag_use(i: &Instruction) -> FlagUse {
     let changed = i.rflags_modified() & STATUS;
-    // a count of zero leaves all flags, and only the CPU knows the count
+    // a count of zero leaves all flags, and only the CPU knows a count in CL
     let shift = matches!(
         i.mnemonic(),
         Mnemonic::Shl
@@ -42,8 +56,8 @@ fn flag_use(i: &Instruction) -> FlagUse {
             | Mnemonic::Shrd
     );
     let writes = changed != 0 || shift;
-    // what is undefined may keep the old value on some CPUs
-    let keeps = writes && (changed & !i.rflags_undefined() != STATUS || shift);
+    // what stays as it was; undefined flags may come out as they like
+    let keeps = writes && (changed != STATUS || shift && !shifts_for_sure(i));
     FlagUse {
         needs: i.rflags_read() & STATUS != 0 || keeps,
         writes,

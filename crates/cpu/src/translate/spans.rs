@@ -153,10 +153,10 @@ impl Lower<'_> {
                 access: stack_access(instruction),
                 keeps: stack_access(instruction).is_some(),
             },
-            // its index is loaded into T1
+            // an index that is not in a host register would be loaded into T1
             Class::Special if instruction.mnemonic() == Mnemonic::Lea => Effect {
                 access: None,
-                keeps: instruction.memory_index() == Register::None,
+                keeps: has_home(instruction.memory_index()),
             },
             Class::Special | Class::System => none,
         }
@@ -233,6 +233,12 @@ impl Lower<'_> {
         self.span(place, window, span.size, what);
         self.site(self.flags);
     }
+}
+
+/// Whether a register is always in a host register, or is none at all.
+fn has_home(register: Register) -> bool {
+    let full = register.full_register();
+    !full.is_gpr64() || HOME[full.number()].is_some()
 }
 
 fn is_immediate(instruction: &Instruction) -> bool {
