@@ -25,6 +25,17 @@ struct FlagUse {
     writes: bool,
 }
 
+/// Whether the instruction leaves nothing of the old flags though the manual calls some of
+/// its own undefined: logic operations, and shifts by a known count.
+fn sets_all(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    match i.mnemonic() {
+        M::And | M::Or | M::Xor | M::Test => true,
+        M::Shl | M::Sal | M::Shr | M::Sar => shifts_for_sure(i),
+        _ => false,
+    }
+}
+
 /// Whether a shift's count is known and not zero.
 fn shifts_for_sure(i: &Instruction) -> bool {
     let last = i.op_count() - 1;
@@ -56,8 +67,9 @@ fn flag_use(i: &Instruction) -> FlagUse {
             | Mnemonic::Shrd
     );
     let writes = changed != 0 || shift;
-    // what stays as it was; undefined flags may come out as they like
-    let keeps = writes && (changed != STATUS || shift && !shifts_for_sure(i));
+    // what is undefined may keep the old value on some CPUs, but for these
+    let all = sets_all(i) || changed & !i.rflags_undefined() == STATUS && !shift;
+    let keeps = writes && !all;
     FlagUse {
         needs: i.rflags_read() & STATUS != 0 || keeps,
         writes,
