@@ -64,7 +64,7 @@ pub(crate) enum Command {
 pub(crate) struct RunArgs {
     /// Number of virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u8).range(1..=16))]
+          value_parser = clap::value_parser!(u8).range(1..=i64::from(strata_vmm::MAX_CPUS)))]
     pub(crate) cpus: u8,
 
     /// Memory of the guest, such as 512M, 2G or 1GiB

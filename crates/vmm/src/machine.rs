@@ -18,7 +18,7 @@ use crate::virtio::{self, Devices, Disk};
 pub use opened::Opened;
 
 /// vCPUs of a machine, at most.
-pub const MAX_CPUS: u8 = 16;
+pub const MAX_CPUS: u8 = strata_memory::MAX_CPUS as u8;
 /// For how long a machine that was told to stop waits for its host to take its output.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 
