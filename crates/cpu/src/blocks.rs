@@ -56,6 +56,8 @@ struct Exit {
     /// Offset of the jump's displacement in the cache.
     jump: u32,
     stub: u32,
+    /// Offset of the displacement of the stub's jump.
+    out: u32,
     chained: bool,
 }
 
@@ -96,6 +98,7 @@ impl Blocks {
             block: number,
             jump: start + e.jump,
             stub: start + e.stub,
+            out: start + e.out,
             chained: false,
         }));
         self.systems.extend(lowered.systems);
@@ -137,14 +140,28 @@ impl Blocks {
         Some((number as u32, block.sites[site]))
     }
 
-    /// Makes exit `number` jump straight to `target`.
-    pub(crate) fn chain(&mut self, cache: &mut CodeCache, number: u32, target: u32) {
+    /// Makes exit `number` jump straight to `target`. If the target's second page may be
+    /// mapped anew it goes through the jump cache, whose thunk is at offset `unchained`.
+    pub(crate) fn chain(
+        &mut self,
+        cache: &mut CodeCache,
+        number: u32,
+        target: u32,
+        unchained: Option<u32>,
+    ) {
         let Some(exit) = self.exits.get_mut(number as usize) else {
             return;
         };
         let from = self.all[exit.block as usize].key.rip;
         let to = &mut self.all[target as usize];
-        if to.key.second.is_some() || !to.alive || exit.chained {
+        if !to.alive || exit.chained {
+            return;
+        }
+        if to.key.second.is_some() {
+            if let Some(thunk) = unchained {
+                let distance = thunk.wrapping_sub(exit.out + 4);
+                cache.patch(exit.out as usize, &distance.to_le_bytes());
+            }
             return;
         }
         // every loop has an edge that does not lead upwards, and that one looks

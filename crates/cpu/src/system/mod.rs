@@ -43,6 +43,8 @@ mod tests_segment;
 mod tests_string;
 #[cfg(test)]
 mod tests_transfer;
+#[cfg(test)]
+mod tests_translated;
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -52,6 +54,7 @@ use crate::mmu::Core;
 
 pub(crate) use deliver::{TripleFault, deliver_debug_trap, deliver_exception, deliver_interrupt};
 pub(crate) use fpu::fpu_exception;
+pub(crate) use syscall::{FLAT_CODE, FLAT_STACK, SYSRET_FLAGS};
 
 /// What the caller of [`execute`] does next.
 #[derive(Clone, Debug, PartialEq, Eq)]
