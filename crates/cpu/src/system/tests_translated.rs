@@ -8,7 +8,7 @@ use strata_memory::PAGE_SIZE;
 
 use super::tests::*;
 use super::{Flow, deliver_exception};
-use crate::state::{State, cr4, gpr, rflags, segment as index};
+use crate::state::{Segment, State, cr4, gpr, rflags, segment as index};
 use crate::{Cpu, Crew};
 
 /// States that each instruction is run from.
@@ -210,12 +210,12 @@ fn translated_iretq_is_execute_s() {
         m.stack(&frame);
         for at in [index::DS, index::ES, index::FS, index::GS] {
             if random.below(2) == 0 {
-                m.core.state.segments[at] = Default::default();
+                m.core.state.segments[at] = Segment::default();
             }
         }
         if random.below(4) != 0 {
             for at in [index::DS, index::ES, index::FS, index::GS] {
-                m.core.state.segments[at] = Default::default();
+                m.core.state.segments[at] = Segment::default();
             }
         }
         m.core.state.nmi_blocked = random.below(8) == 0;

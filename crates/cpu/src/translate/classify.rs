@@ -202,7 +202,7 @@ pub(crate) fn classify(instruction: &Instruction, offered: impl Fn(CpuidFeature)
         | M::Rdtsc
         | M::Rdtscp => return Class::Special,
         M::Leave => return Class::Stack,
-        M::Syscall | M::Sysretq | M::Iretq => return Class::Transfer,
+        M::Syscall | M::Sysretq | M::Iretq | M::Serialize => return Class::Transfer,
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase | M::Popfq => {
             return Class::Special;
         }

@@ -70,6 +70,8 @@ impl Lower<'_> {
         match instruction.mnemonic() {
             Mnemonic::Syscall if mode.user => self.syscall(instruction),
             Mnemonic::Sysretq if !mode.user => self.sysret(instruction),
+            // the next block begins with a look at what others have changed
+            Mnemonic::Serialize => self.fall_through(instruction.next_ip()),
             Mnemonic::Iretq if !mode.user => self.iretq(instruction),
             _ => return false,
         }
