@@ -61,6 +61,9 @@ struct Exit {
     chained: bool,
 }
 
+/// log2 of the bytes of a stretch of the cache.
+const STRETCH_SHIFT: u32 = 10;
+
 /// All blocks and exits since the cache was last emptied.
 #[derive(Default)]
 pub(crate) struct Blocks {
@@ -69,6 +72,8 @@ pub(crate) struct Blocks {
     systems: Vec<Instruction>,
     by_key: HashMap<Key, u32, BuildFast>,
     by_page: HashMap<u64, Vec<u32>, BuildFast>,
+    /// For each stretch of the cache, the first block that begins in it or behind it.
+    by_offset: Vec<u32>,
 }
 
 impl Blocks {
@@ -119,6 +124,10 @@ impl Blocks {
                     .push(number);
             }
         }
+        let stretches = (start >> STRETCH_SHIFT) as usize + 1;
+        if self.by_offset.len() < stretches {
+            self.by_offset.resize(stretches, number);
+        }
         self.all.push(block);
         self.by_key.insert(key, number);
         number
@@ -127,9 +136,14 @@ impl Blocks {
     /// The block that the host address at `offset` of the cache belongs to, with the last
     /// site at or before it.
     pub(crate) fn locate(&self, offset: u32) -> Option<(u32, Site)> {
-        let number = self
+        let stretch = (offset >> STRETCH_SHIFT) as usize;
+        let first = self.by_offset.get(stretch).copied().unwrap_or(u32::MAX) as usize;
+        let end = self.by_offset.get(stretch + 1).copied().unwrap_or(u32::MAX) as usize;
+        let within = self
             .all
-            .partition_point(|b| b.start <= offset)
+            .get(first..end.min(self.all.len()))
+            .unwrap_or_default();
+        let number = (first.min(self.all.len()) + within.partition_point(|b| b.start <= offset))
             .checked_sub(1)?;
         let block = &self.all[number];
         let inside = offset - block.start;
