@@ -145,10 +145,10 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Invd | M::Wbinvd | M::Wbnoinvd => control::require_cpl0(core),
         M::Clflush | M::Clflushopt | M::Clwb => control::flush_line(core, instr),
         M::Vmcall | M::Vmmcall => control::hypercall(core),
-        // the next block is made from what memory holds
-        M::Serialize => Ok(()),
-        // NOPs on a CPU without shadow stacks, bounds or these hints
-        M::Rdsspd
+        // NOPs on a CPU without shadow stacks, bounds or these hints, and which makes the next
+        // block from what memory holds
+        M::Serialize
+        | M::Rdsspd
         | M::Rdsspq
         | M::Prefetchit0
         | M::Prefetchit1

@@ -250,6 +250,13 @@ impl Asm {
         self.modrm_gs(to.0, disp);
     }
 
+    /// `imul to, from, value`
+    pub(crate) fn multiply(&mut self, to: Reg, from: Reg, value: i32) {
+        self.rex_w(to, from);
+        self.raw(&[0x69, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+        self.imm32(value);
+    }
+
     /// `test reg, mask`, 32 bits
     pub(crate) fn test32(&mut self, reg: Reg, mask: u32) {
         self.raw(&[0x40 | reg.0 >> 3, 0xf7, 0xc0 | reg.0 & 7]);

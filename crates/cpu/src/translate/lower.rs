@@ -684,7 +684,10 @@ impl<'a> Lower<'a> {
                 self.untag_t0();
             }
             self.asm.mov_imm(T1, source);
-            self.asm.jmp(self.thunks.branch);
+            self.asm.jmp(match self.mode.legacy {
+                None if !self.mode.single => self.thunks.far_branch[self.rights as usize],
+                _ => self.thunks.branch,
+            });
         }
         for (bad, instruction) in std::mem::take(&mut self.departures) {
             self.asm.aim(bad);
@@ -768,7 +771,7 @@ impl<'a> Lower<'a> {
         a.mov_imm(T0, target);
         a.load_gs(T1, state_offset!(space));
         a.alu_mem(Alu::Cmp, T0, T1, entry);
-        a.jcc(cc::NE, self.thunks.lookup);
+        a.jcc(cc::NE, self.thunks.far_lookup[rights as usize]);
         a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
     }
 

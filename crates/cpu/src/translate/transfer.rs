@@ -8,10 +8,11 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::access::{Place, STACK_WINDOW, window_number};
-use super::asm::{Alu, Asm, GUEST_RSP, RAX, RCX, T0, T1, cc, slot};
+use super::asm::{Alu, Asm, GUEST_RSP, RAX, RCX, Reg, T0, T1, cc, slot};
 use super::lower::{Flags, Lower, meta};
 use crate::mmu::{
-    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, Rights, jump_table,
+    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_NEIGHBOUR, JUMP_SHIFT, JumpEntry, Rights,
+    jump_table,
 };
 use crate::state::{efer, gpr, rflags, segment, state_offset};
 use crate::system::{FLAT_CODE, FLAT_STACK, SYSRET_FLAGS};
@@ -46,17 +47,42 @@ pub(super) fn jumps_offset(table: usize) -> i32 {
 /// Goes on at the guest address in T0, if the jump cache knows it. Returns the jump to aim
 /// for when it does not; T0 is still the address there. Clobbers T1 and the host's flags.
 pub(super) fn jump_through_cache(a: &mut Asm, table: usize) -> usize {
-    let entry = size_of::<JumpEntry>();
-    a.raw(&[0x4d, 0x69, 0xda]); // imul r11, r10, JUMP_HASH
-    a.raw(&JUMP_HASH.to_le_bytes());
-    a.shift(5, T1, JUMP_SHIFT - entry.trailing_zeros() as u8);
-    a.and32(T1, ((JUMP_ENTRIES - 1) * entry) as u32);
-    a.alu_gs(Alu::Add, T1, state_offset!(space));
+    jump_line(a, T1, 0);
     let entry = jumps_offset(table);
     a.alu_mem(Alu::Cmp, T0, T1, entry);
     let miss = a.jcc_forward(cc::NE);
     a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
     miss
+}
+
+/// As `jump_through_cache`, in the neighbouring line. Keeps T1, but for when it jumps; RAX,
+/// which it clobbers, is taken from `temp[1]` then.
+pub(super) fn jump_through_neighbour(a: &mut Asm, table: usize) -> usize {
+    jump_line(a, RAX, JUMP_NEIGHBOUR);
+    let entry = jumps_offset(table);
+    a.alu_mem(Alu::Cmp, T0, RAX, entry);
+    let miss = a.jcc_forward(cc::NE);
+    a.load(
+        T1,
+        RAX,
+        entry + std::mem::offset_of!(JumpEntry, code) as i32,
+    );
+    a.load_gs(RAX, state_offset!(temp) + 8);
+    a.jmp_reg(T1);
+    miss
+}
+
+/// The distance of a line from the first of the first table, plus the address space: into
+/// `to`, for the guest address in T0. `change` are bits of its number to change.
+fn jump_line(a: &mut Asm, to: Reg, change: usize) {
+    let entry = size_of::<JumpEntry>();
+    a.multiply(to, T0, JUMP_HASH as i32);
+    a.shift(5, to, JUMP_SHIFT - entry.trailing_zeros() as u8);
+    a.and32(to, ((JUMP_ENTRIES - 1) * entry) as u32);
+    if change != 0 {
+        a.alu_imm(Alu::Xor, to, (change * entry) as i32);
+    }
+    a.alu_gs(Alu::Add, to, state_offset!(space));
 }
 
 impl Lower<'_> {
@@ -268,7 +294,7 @@ impl Lower<'_> {
     fn enter_ring(&mut self, rights: Rights) {
         let miss = jump_through_cache(&mut self.asm, jump_table(rights, false));
         self.asm.aim(miss);
-        self.asm.jmp(self.thunks.lookup);
+        self.asm.jmp(self.thunks.far_lookup[rights as usize]);
     }
 
     /// RFLAGS, less RF and VM, into T1: put together from AX and the system flags. Clobbers

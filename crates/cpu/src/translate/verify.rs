@@ -265,7 +265,9 @@ impl Code64<'_> {
                     t.attention,
                     t.fault,
                 ];
-                if self.is_inside(target) || outs.contains(&target) {
+                let far = [t.far_lookup, t.far_branch];
+                let mut outs = outs.iter().chain(far.as_flattened());
+                if self.is_inside(target) || outs.any(|t| *t == target) {
                     Ok(())
                 } else {
                     Err("a jump to somewhere else")
