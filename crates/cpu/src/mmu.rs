@@ -7,6 +7,8 @@
 
 mod legacy;
 mod store;
+#[cfg(test)]
+mod tests_jumps;
 
 use std::collections::HashSet;
 use std::sync::Arc;
