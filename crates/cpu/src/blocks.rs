@@ -56,8 +56,13 @@ struct Exit {
     /// Offset of the jump's displacement in the cache.
     jump: u32,
     stub: u32,
+    /// Offset of the displacement of the stub's jump.
+    out: u32,
     chained: bool,
 }
+
+/// log2 of the bytes of a stretch of the cache.
+const STRETCH_SHIFT: u32 = 10;
 
 /// All blocks and exits since the cache was last emptied.
 #[derive(Default)]
@@ -67,6 +72,8 @@ pub(crate) struct Blocks {
     systems: Vec<Instruction>,
     by_key: HashMap<Key, u32, BuildFast>,
     by_page: HashMap<u64, Vec<u32>, BuildFast>,
+    /// For each stretch of the cache, the first block that begins in it or behind it.
+    by_offset: Vec<u32>,
 }
 
 impl Blocks {
@@ -96,6 +103,7 @@ impl Blocks {
             block: number,
             jump: start + e.jump,
             stub: start + e.stub,
+            out: start + e.out,
             chained: false,
         }));
         self.systems.extend(lowered.systems);
@@ -116,6 +124,10 @@ impl Blocks {
                     .push(number);
             }
         }
+        let stretches = (start >> STRETCH_SHIFT) as usize + 1;
+        if self.by_offset.len() < stretches {
+            self.by_offset.resize(stretches, number);
+        }
         self.all.push(block);
         self.by_key.insert(key, number);
         number
@@ -124,9 +136,14 @@ impl Blocks {
     /// The block that the host address at `offset` of the cache belongs to, with the last
     /// site at or before it.
     pub(crate) fn locate(&self, offset: u32) -> Option<(u32, Site)> {
-        let number = self
+        let stretch = (offset >> STRETCH_SHIFT) as usize;
+        let first = self.by_offset.get(stretch).copied().unwrap_or(u32::MAX) as usize;
+        let end = self.by_offset.get(stretch + 1).copied().unwrap_or(u32::MAX) as usize;
+        let within = self
             .all
-            .partition_point(|b| b.start <= offset)
+            .get(first..end.min(self.all.len()))
+            .unwrap_or_default();
+        let number = (first.min(self.all.len()) + within.partition_point(|b| b.start <= offset))
             .checked_sub(1)?;
         let block = &self.all[number];
         let inside = offset - block.start;
@@ -137,14 +154,28 @@ impl Blocks {
         Some((number as u32, block.sites[site]))
     }
 
-    /// Makes exit `number` jump straight to `target`.
-    pub(crate) fn chain(&mut self, cache: &mut CodeCache, number: u32, target: u32) {
+    /// Makes exit `number` jump straight to `target`. If the target's second page may be
+    /// mapped anew it goes through the jump cache, whose thunk is at offset `unchained`.
+    pub(crate) fn chain(
+        &mut self,
+        cache: &mut CodeCache,
+        number: u32,
+        target: u32,
+        unchained: Option<u32>,
+    ) {
         let Some(exit) = self.exits.get_mut(number as usize) else {
             return;
         };
         let from = self.all[exit.block as usize].key.rip;
         let to = &mut self.all[target as usize];
-        if to.key.second.is_some() || !to.alive || exit.chained {
+        if !to.alive || exit.chained {
+            return;
+        }
+        if to.key.second.is_some() {
+            if let Some(thunk) = unchained {
+                let distance = thunk.wrapping_sub(exit.out + 4);
+                cache.patch(exit.out as usize, &distance.to_le_bytes());
+            }
             return;
         }
         // every loop has an edge that does not lead upwards, and that one looks

@@ -63,6 +63,8 @@ pub struct Statistics {
     pub cache_bytes: usize,
     /// Times the cache was emptied.
     pub flushes: u64,
+    /// Instructions that translated code left to Rust since the start.
+    pub departures: u64,
 }
 
 /// A software vCPU. It may be made on one thread and run on another, which it belongs to while
@@ -186,9 +188,21 @@ impl Cpu {
 
     /// Runs the guest until `stop` is set (and the vCPU woken), or it cannot go on.
     pub fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Exit {
+        self.begin(bus);
+        let exit = loop {
+            if let Some(exit) = self.step(stop, bus) {
+                break exit;
+            }
+        };
+        self.end();
+        exit
+    }
+
+    /// Makes this thread one that translated code can run on, until `end`.
+    fn begin(&mut self, bus: &dyn Bus) {
         self.core.state.runtime = (&raw mut *self).cast::<c_void>();
-        // SAFETY: only the lifetime is widened; `self.bus` is cleared before `bus` ends, and
-        // only slow paths inside this call read it.
+        // SAFETY: only the lifetime is widened; `end` clears `self.bus` before `bus` ends, and
+        // only slow paths in between read it.
         self.bus = Some(unsafe { std::mem::transmute::<&dyn Bus, &'static dyn Bus>(bus) });
         let block: *const crate::state::Block = &raw const **self.core.state.block();
         // SAFETY: sets this thread's GS base, which nothing else in the process uses on
@@ -201,11 +215,9 @@ impl Cpu {
             state: &raw mut *self.core.state,
         }));
         self.core.resume();
-        let exit = loop {
-            if let Some(exit) = self.step(stop, bus) {
-                break exit;
-            }
-        };
+    }
+
+    fn end(&mut self) {
         self.end_access();
         self.core.seat.rest();
         signal::set_window(None);
@@ -213,6 +225,14 @@ impl Cpu {
         // SAFETY: FNINIT only resets the x87 state, which Rust code does not use.
         unsafe { std::arch::asm!("fninit", options(nomem, nostack)) };
         self.bus = None;
+    }
+
+    /// One round of `run`.
+    #[cfg(test)]
+    pub(crate) fn run_once(&mut self, bus: &dyn Bus) -> Option<Exit> {
+        self.begin(bus);
+        let exit = self.step(&AtomicBool::new(false), bus);
+        self.end();
         exit
     }
 
@@ -366,6 +386,7 @@ impl Cpu {
             // translated code leaves these only when the target is not canonical
             return self.deliver(bus, Exception::general_protection(0));
         }
+        self.statistics.departures += 1;
         let flow = system::execute(&mut self.core, bus, &instruction);
         // entering a handler clears TF, and what an INT sets off is over with it
         let entered = match instruction.mnemonic() {
@@ -674,19 +695,16 @@ impl Cpu {
         // whoever spins may be waiting for a vCPU that the host does not run
         let spins = !self.core.seat.is_single();
         // an instruction that crosses a page is a block of its own
-        let crossing = Mode {
-            single: true,
+        let crossing = key.second.is_some();
+        let mode = Mode {
+            single: key.mode.single || crossing && key.mode.legacy.is_some(),
             ..key.mode
-        };
-        let mode = if key.second.is_some() {
-            crossing
-        } else {
-            key.mode
         };
         let source = Source {
             start: key.rip,
             bytes,
             mode,
+            crossing,
         };
         let translated = translate(
             &source,
@@ -736,7 +754,12 @@ impl Cpu {
             && flushes == self.statistics.flushes
             && self.blocks.exit_alive(exit)
         {
-            self.blocks.chain(&mut self.cache, exit, target);
+            let rights = self.core.current_rights();
+            let thunk = self.thunks.unchained[rights as usize];
+            let unchained = (thunk - self.cache.base()) as u32;
+            let legacy = self.blocks.all[target as usize].key.mode.legacy.is_some();
+            let unchained = (!legacy).then_some(unchained);
+            self.blocks.chain(&mut self.cache, exit, target, unchained);
         }
     }
 

@@ -7,6 +7,8 @@
 
 mod legacy;
 mod store;
+#[cfg(test)]
+mod tests_jumps;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -30,6 +32,8 @@ pub(crate) const JUMP_ENTRIES: usize = 16384;
 pub(crate) const JUMP_TABLES: usize = 8;
 /// What a linear address is multiplied with to find its line in a jump cache.
 pub(crate) const JUMP_HASH: u32 = 0x5bd1_e995;
+/// An address whose line is another's is looked for in the line with this bit changed.
+pub(crate) const JUMP_NEIGHBOUR: usize = 1;
 /// How far the product is then shifted right.
 pub(crate) const JUMP_SHIFT: u8 = 18;
 /// Address spaces kept; Linux uses six PCIDs and two for flushes.
@@ -219,9 +223,9 @@ fn tlb_index(linear: u64, rights: Rights) -> usize {
 }
 
 fn invalid_jump(index: usize) -> JumpEntry {
-    // address 0 has index 0, so its empty entry needs a pc that has another
+    // address 0 may be in lines 0 and 1, whose empty entries need a pc that is in neither
     JumpEntry {
-        pc: u64::from(index == 0),
+        pc: u64::from(index <= JUMP_NEIGHBOUR),
         code: 0,
     }
 }
@@ -262,6 +266,7 @@ impl AddressSpace {
         }
         for table in &mut space.jumps {
             table[0] = invalid_jump(0);
+            table[JUMP_NEIGHBOUR] = invalid_jump(JUMP_NEIGHBOUR);
         }
         space
     }
@@ -347,20 +352,27 @@ impl AddressSpace {
 
     /// Where the block for `pc` is, if the jump cache knows.
     pub(crate) fn jump(&self, table: usize, pc: u64) -> Option<u64> {
-        let entry = self.jumps[table][jump_index(pc)];
-        (entry.pc == pc && entry.code != 0).then_some(entry.code)
+        let index = jump_index(pc);
+        [index, index ^ JUMP_NEIGHBOUR]
+            .map(|index| self.jumps[table][index])
+            .into_iter()
+            .find(|entry| entry.pc == pc && entry.code != 0)
+            .map(|entry| entry.code)
     }
 
     fn forget_jump(&mut self, pc: u64) {
         let index = jump_index(pc);
         for table in &mut self.jumps {
-            if table[index].pc == pc {
-                table[index] = invalid_jump(index);
+            for index in [index, index ^ JUMP_NEIGHBOUR] {
+                if table[index].pc == pc {
+                    table[index] = invalid_jump(index);
+                }
             }
         }
     }
 
-    /// Enters into a jump cache where the block for `pc` is. `first` and `last` are the
+    /// Enters into a jump cache where the block for `pc` is. What was in its line moves to
+    /// the neighbour. `first` and `last` are the
     /// linear addresses of its first and last byte, `global` tells that its page is.
     pub(crate) fn insert_jump(
         &mut self,
@@ -375,6 +387,12 @@ impl AddressSpace {
         self.jump_pages.insert(first / PAGE_SIZE);
         self.jump_pages.insert(last / PAGE_SIZE);
         let index = jump_index(entry.pc);
+        let old = self.jumps[table][index];
+        if old.code != 0 && old.pc != entry.pc {
+            let neighbour = index ^ JUMP_NEIGHBOUR;
+            self.jumps_filled[table].note(neighbour, false);
+            self.jumps[table][neighbour] = old;
+        }
         // a line that was global may now be local: it is then on both lists
         self.jumps_filled[table].note(index, global);
         self.jumps[table][index] = entry;

@@ -293,6 +293,8 @@ pub struct State {
     pub(crate) host_rsp: u64,
     /// Temporaries of one translated instruction.
     pub(crate) temp: [u64; 4],
+    /// What IRET popped: RIP, CS, RFLAGS, RSP, SS.
+    pub(crate) frame: [u64; 5],
     /// Status flags that gave way to an instruction that needs host RAX.
     pub(crate) saved_status: u64,
     /// Nonzero: the access that took the slow path goes to the bounce buffer.
@@ -392,6 +394,7 @@ impl State {
             interrupts_held: 0,
             host_rsp: 0,
             temp: [0; 4],
+            frame: [0; 5],
             saved_status: 0,
             bounced: 0,
             commit_length: 0,

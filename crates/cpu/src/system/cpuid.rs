@@ -57,8 +57,8 @@ mod leaf7 {
     pub(super) const EBX_AVX2: u32 = 1 << 5;
     /// ECX: UMIP.
     pub(super) const ECX_OWN: u32 = 1 << 2;
-    /// EDX: FSRM.
-    pub(super) const EDX_OWN: u32 = 1 << 4;
+    /// EDX: FSRM, SERIALIZE.
+    pub(super) const EDX_OWN: u32 = 1 << 4 | 1 << 14;
     /// EDX: IBRS and IBPB; `IA32_ARCH_CAPABILITIES`.
     pub(super) const EDX_INTEL: u32 = 1 << 26 | 1 << 29;
 }
@@ -113,6 +113,8 @@ pub(crate) struct Table {
     rows: Vec<Row>,
     /// XCR0 bits that may be set.
     xcr0: u64,
+    /// One bit for each feature whose instructions may be executed, by its number.
+    offered: [u64; 4],
 }
 
 fn host(leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -163,11 +165,17 @@ impl Table {
             vendor,
             rows: Vec::new(),
             xcr0: if avx { 7 } else { 3 },
+            offered: [0; 4],
         };
         table.basic(leaf0, tsc_khz, place);
         table.hypervisor(tsc_khz);
         table.extended(place);
         table.rows.sort_by_key(|row| (row.0, row.1));
+        for feature in CpuidFeature::values() {
+            if table.offers(feature) {
+                table.offered[feature as usize / 64] |= 1 << (feature as usize % 64);
+            }
+        }
         table
     }
 
@@ -365,6 +373,13 @@ impl Table {
     /// Whether the guest may execute instructions of `feature`. Anything not known here is
     /// not offered.
     pub(crate) fn offered(&self, feature: CpuidFeature) -> bool {
+        let number = feature as usize;
+        self.offered
+            .get(number / 64)
+            .is_some_and(|word| word >> (number % 64) & 1 != 0)
+    }
+
+    fn offers(&self, feature: CpuidFeature) -> bool {
         use CpuidFeature as F;
         let [_, _, ecx1, edx1] = self.get(1, 0);
         let [_, ebx7, ..] = self.get(7, 0);
@@ -375,7 +390,7 @@ impl Table {
             | F::MULTIBYTENOP | F::PAUSE | F::RDPMC | F::CX8 | F::CMOV | F::FPU | F::FPU287
             | F::FPU387 | F::MMX | F::SSE | F::SSE2 | F::TSC | F::MSR | F::FXSR | F::CLFSH
             | F::SYSCALL | F::RDTSCP | F::PREFETCHW | F::CLFLUSHOPT | F::CLWB | F::FSGSBASE
-            | F::INVPCID | F::SMAP | F::XSAVE | F::XSAVEC | F::XSAVEOPT
+            | F::INVPCID | F::SERIALIZE | F::SMAP | F::XSAVE | F::XSAVEC | F::XSAVEOPT
             // no effect on a CPU without them
             | F::CET_IBT | F::CLDEMOTE => true,
             F::SEP => bit(edx1, 11),

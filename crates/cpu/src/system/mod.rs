@@ -43,6 +43,8 @@ mod tests_segment;
 mod tests_string;
 #[cfg(test)]
 mod tests_transfer;
+#[cfg(test)]
+mod tests_translated;
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -52,6 +54,7 @@ use crate::mmu::Core;
 
 pub(crate) use deliver::{TripleFault, deliver_debug_trap, deliver_exception, deliver_interrupt};
 pub(crate) use fpu::fpu_exception;
+pub(crate) use syscall::{FLAT_CODE, FLAT_STACK, SYSRET_FLAGS};
 
 /// What the caller of [`execute`] does next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,8 +145,10 @@ fn sequential(core: &mut Core, bus: &dyn Bus, instr: &Instruction) -> Done {
         M::Invd | M::Wbinvd | M::Wbnoinvd => control::require_cpl0(core),
         M::Clflush | M::Clflushopt | M::Clwb => control::flush_line(core, instr),
         M::Vmcall | M::Vmmcall => control::hypercall(core),
-        // NOPs on a CPU without shadow stacks, bounds or these hints
-        M::Rdsspd
+        // NOPs on a CPU without shadow stacks, bounds or these hints, and which makes the next
+        // block from what memory holds
+        M::Serialize
+        | M::Rdsspd
         | M::Rdsspq
         | M::Prefetchit0
         | M::Prefetchit1

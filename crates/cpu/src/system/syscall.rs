@@ -10,26 +10,29 @@ use crate::mmu::Core;
 use crate::state::{Segment, cr0, cr4, efer, gpr, rflags, segment as index};
 
 /// What SYSRET may set in RFLAGS: all but VM, RF and reserved bits (Intel SDM vol. 2B).
-const SYSRET_FLAGS: u64 = 0x3c_7fd7;
+pub(crate) const SYSRET_FLAGS: u64 = 0x3c_7fd7;
 
-/// Descriptor attributes of the flat segments that these instructions load.
+/// Descriptor attributes of the flat code segment that these instructions load, for ring 0:
+/// execute, read, accessed; S, P; L, G.
+pub(crate) const FLAT_CODE: u16 = 0xa09b;
+/// The same of the stack segment: read, write, accessed; S, P; B, G.
+pub(crate) const FLAT_STACK: u16 = 0xc093;
+
 fn flat_code(selector: u16, cpl: u8) -> Segment {
-    // execute, read, accessed; S, P; L, G
     Segment {
         base: 0,
         limit: u32::MAX,
         selector,
-        attributes: 0xa09b | u16::from(cpl) << 5,
+        attributes: FLAT_CODE | u16::from(cpl) << 5,
     }
 }
 
 fn flat_stack(selector: u16, cpl: u8) -> Segment {
-    // read, write, accessed; S, P; B, G
     Segment {
         base: 0,
         limit: u32::MAX,
         selector,
-        attributes: 0xc093 | u16::from(cpl) << 5,
+        attributes: FLAT_STACK | u16::from(cpl) << 5,
     }
 }
 

@@ -67,6 +67,7 @@ pub(crate) enum Alu {
 
 /// Condition codes (Intel SDM vol. 2 appendix B).
 pub(crate) mod cc {
+    pub(crate) const B: u8 = 2;
     pub(crate) const AE: u8 = 3;
     pub(crate) const E: u8 = 4;
     pub(crate) const NE: u8 = 5;
@@ -220,6 +221,46 @@ impl Asm {
         self.raw(&[0x65, 0x83]);
         self.modrm_gs(7, disp);
         self.raw(&[0]);
+    }
+
+    /// `mov byte gs:[disp], value`
+    pub(crate) fn store_gs_byte(&mut self, disp: i32, value: u8) {
+        self.raw(&[0x65, 0xc6]);
+        self.modrm_gs(0, disp);
+        self.raw(&[value]);
+    }
+
+    /// `cmp byte gs:[disp], value`
+    pub(crate) fn cmp_gs_byte(&mut self, disp: i32, value: u8) {
+        self.raw(&[0x65, 0x80]);
+        self.modrm_gs(7, disp);
+        self.raw(&[value]);
+    }
+
+    /// `test dword gs:[disp], mask`
+    pub(crate) fn test_gs(&mut self, disp: i32, mask: u32) {
+        self.raw(&[0x65, 0xf7]);
+        self.modrm_gs(0, disp);
+        self.raw(&mask.to_le_bytes());
+    }
+
+    /// `movzx to, word gs:[disp]`
+    pub(crate) fn load_gs_word(&mut self, to: Reg, disp: i32) {
+        self.raw(&[0x65, 0x40 | (to.0 >> 3) << 2, 0x0f, 0xb7]);
+        self.modrm_gs(to.0, disp);
+    }
+
+    /// `imul to, from, value`
+    pub(crate) fn multiply(&mut self, to: Reg, from: Reg, value: i32) {
+        self.rex_w(to, from);
+        self.raw(&[0x69, 0xc0 | (to.0 & 7) << 3 | from.0 & 7]);
+        self.imm32(value);
+    }
+
+    /// `test reg, mask`, 32 bits
+    pub(crate) fn test32(&mut self, reg: Reg, mask: u32) {
+        self.raw(&[0x40 | reg.0 >> 3, 0xf7, 0xc0 | reg.0 & 7]);
+        self.raw(&mask.to_le_bytes());
     }
 
     /// `op reg, [base + disp]`, 64 bits

@@ -3,6 +3,9 @@
 
 use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
+use super::privileged::reads_special_register;
+use super::repeat::is_repeat;
+
 /// What the translator does with an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
@@ -16,6 +19,8 @@ pub(crate) enum Class {
     Nop,
     /// Short sequences of their own: LEA, XLAT, CLI, STI, SWAPGS, RDTSC and the like.
     Special,
+    /// A change of privilege that has a short form, and ends the block.
+    Transfer,
     /// For `system::execute`.
     System,
 }
@@ -197,7 +202,14 @@ pub(crate) fn classify(instruction: &Instruction, offered: impl Fn(CpuidFeature)
         | M::Rdtsc
         | M::Rdtscp => return Class::Special,
         M::Leave => return Class::Stack,
+        M::Syscall | M::Sysretq | M::Iretq | M::Serialize => return Class::Transfer,
+        M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase | M::Popfq => {
+            return Class::Special;
+        }
         _ => {}
+    }
+    if is_repeat(instruction) || reads_special_register(instruction) {
+        return Class::Special;
     }
     if has_special_register(instruction) || is_sensitive(instruction) {
         return Class::System;

@@ -15,10 +15,8 @@ use super::classify::Class;
 use super::legacy::SegmentFault;
 use super::spans::Role;
 use super::thunks::Thunks;
-use crate::mmu::{
-    AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_SHIFT, JumpEntry, Rights, apart_table, jump_index,
-    jump_table,
-};
+use super::transfer::{jump_through_cache, jumps_offset};
+use crate::mmu::{JumpEntry, Rights, apart_table, jump_index, jump_table};
 use crate::segmentation::Legacy;
 use crate::state::{rflags, state_offset};
 
@@ -124,6 +122,8 @@ pub(crate) struct Exit {
     pub(crate) jump: u32,
     /// Offset of the stub that it leads to when not chained.
     pub(crate) stub: u32,
+    /// Offset of the displacement of the stub's own jump.
+    pub(crate) out: u32,
 }
 
 struct PendingExit {
@@ -196,8 +196,9 @@ pub(crate) struct Lower<'a> {
     fpu_check: Option<usize>,
     /// Indirect branches: where they look up in vain, and the branch's address.
     misses: Vec<(usize, u64)>,
-    /// Indirect calls to non-canonical addresses.
-    far_faults: Vec<(usize, Instruction)>,
+    /// Jumps to where an instruction is left to `system`: indirect calls to non-canonical
+    /// addresses, and what the short forms of others do not do.
+    pub(super) departures: Vec<(usize, Instruction)>,
     pub(super) segment_faults: Vec<SegmentFault>,
     /// The instruction reports pending x87 exceptions before segment faults.
     pub(super) fault_waits: bool,
@@ -244,7 +245,7 @@ impl<'a> Lower<'a> {
             in_span: false,
             fpu_check: None,
             misses: Vec::new(),
-            far_faults: Vec::new(),
+            departures: Vec::new(),
             segment_faults: Vec::new(),
             fault_waits: false,
             wraps: 0,
@@ -306,6 +307,7 @@ impl<'a> Lower<'a> {
                 true
             }
             Class::Special => !self.special(instruction) && self.system(instruction),
+            Class::Transfer => self.transfer(instruction) || self.system(instruction),
             Class::System => self.system(instruction),
         }
     }
@@ -430,7 +432,8 @@ impl<'a> Lower<'a> {
                 self.system_flags(Alu::Or, rflags::DF as i32);
                 true
             }
-            _ => false,
+            _ if instruction.is_string_instruction() => self.repeat(instruction),
+            _ => self.privileged(instruction),
         }
     }
 
@@ -486,16 +489,7 @@ impl<'a> Lower<'a> {
     /// PUSHFQ: RFLAGS put together from AX and the system flags, less RF and VM.
     fn pushfq(&mut self) {
         self.release_host_flags();
-        self.asm.mov(T1, RAX);
-        self.asm.shift(5, T1, 8);
-        self.asm.and32(T1, 0xd5);
-        self.asm.raw(&[0x44, 0x0f, 0xb6, 0xd0]); // movzx r10d, al
-        self.asm.shift(4, T0, 11);
-        self.asm.raw(&[0x4d, 0x09, 0xd3]); // or r11, r10
-        self.asm.load_gs(T0, state_offset!(system_flags));
-        self.asm
-            .alu_imm(Alu::And, T0, !((rflags::RF | rflags::VM) as i32));
-        self.asm.raw(&[0x4d, 0x09, 0xd3]); // or r11, r10
+        self.rflags_into_t1();
         self.push_t1();
     }
 
@@ -527,7 +521,7 @@ impl<'a> Lower<'a> {
     }
 
     /// The low word of T0 into a guest register, whose other bits stay.
-    fn set_word(&mut self, guest: usize) {
+    pub(super) fn set_word(&mut self, guest: usize) {
         if let Some(home) = HOME[guest] {
             // mov home16, r10w
             self.asm
@@ -608,7 +602,7 @@ impl<'a> Lower<'a> {
             self.asm.alu_imm(Alu::Add, T1, 1);
             self.asm.alu_imm(Alu::Cmp, T1, 1);
             let bad = self.asm.jcc_forward(cc::A);
-            self.far_faults.push((bad, *instruction));
+            self.departures.push((bad, *instruction));
             self.push_return(instruction);
         }
         self.asm.load_gs(T0, target);
@@ -668,17 +662,8 @@ impl<'a> Lower<'a> {
         if let Some(legacy) = self.mode.legacy {
             self.tag_t0(legacy);
         }
-        let a = &mut self.asm;
-        let entry = size_of::<JumpEntry>();
-        a.raw(&[0x4d, 0x69, 0xda]); // imul r11, r10, JUMP_HASH
-        a.raw(&JUMP_HASH.to_le_bytes());
-        a.shift(5, T1, JUMP_SHIFT - entry.trailing_zeros() as u8);
-        a.and32(T1, ((JUMP_ENTRIES - 1) * entry) as u32);
-        a.alu_gs(Alu::Add, T1, state_offset!(space));
-        let entry = jumps_offset(self.mode.jumps_with(self.rights));
-        a.alu_mem(Alu::Cmp, T0, T1, entry);
-        let miss = a.jcc_forward(cc::NE);
-        a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
+        let table = self.mode.jumps_with(self.rights);
+        let miss = jump_through_cache(&mut self.asm, table);
         self.misses.push((miss, instruction.ip()));
     }
 
@@ -699,9 +684,12 @@ impl<'a> Lower<'a> {
                 self.untag_t0();
             }
             self.asm.mov_imm(T1, source);
-            self.asm.jmp(self.thunks.branch);
+            self.asm.jmp(match self.mode.legacy {
+                None if !self.mode.single => self.thunks.far_branch[self.rights as usize],
+                _ => self.thunks.branch,
+            });
         }
-        for (bad, instruction) in std::mem::take(&mut self.far_faults) {
+        for (bad, instruction) in std::mem::take(&mut self.departures) {
             self.asm.aim(bad);
             self.flags = Flags::Ax;
             self.system(&instruction);
@@ -725,6 +713,7 @@ impl<'a> Lower<'a> {
                 exits.push(Exit {
                     jump: jump as u32,
                     stub,
+                    out: self.asm.len() as u32 - 4,
                 });
             } else {
                 self.far_exit(target, exit.rights);
@@ -782,18 +771,13 @@ impl<'a> Lower<'a> {
         a.mov_imm(T0, target);
         a.load_gs(T1, state_offset!(space));
         a.alu_mem(Alu::Cmp, T0, T1, entry);
-        a.jcc(cc::NE, self.thunks.lookup);
+        a.jcc(cc::NE, self.thunks.far_lookup[rights as usize]);
         a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
     }
 
     pub(super) fn load_guest_rax(&mut self) {
         self.asm.mov(RAX, GUEST_RAX);
     }
-}
-
-fn jumps_offset(table: usize) -> i32 {
-    let table = table * size_of::<[JumpEntry; JUMP_ENTRIES]>();
-    (std::mem::offset_of!(AddressSpace, jumps) + table) as i32
 }
 
 fn clears_vectors(instruction: &Instruction) -> bool {

@@ -16,9 +16,12 @@ mod generic;
 pub(crate) mod legacy;
 pub(crate) mod lower;
 mod plain;
+mod privileged;
+mod repeat;
 mod spans;
 mod stack;
 pub(crate) mod thunks;
+mod transfer;
 #[cfg(test)]
 mod verify;
 
@@ -48,6 +51,8 @@ pub(crate) struct Source<'a> {
     /// Bytes from there; complete up to the page's end, or the first instruction whole.
     pub(crate) bytes: &'a [u8],
     pub(crate) mode: Mode,
+    /// Only the first instruction, which crosses into the next page.
+    pub(crate) crossing: bool,
 }
 
 /// Translates from `source.start` until a branch, a system instruction or the bytes' end.
@@ -67,7 +72,7 @@ pub(crate) fn translate(
     let mut side_exits = 0;
     // a branch beyond the code segment is for `legacy` to see
     let limited = source.mode.legacy.is_some_and(|l| l.code_limit != u32::MAX);
-    let limit = if source.mode.single {
+    let limit = if source.mode.single || source.crossing {
         1
     } else {
         MAX_INSTRUCTIONS
@@ -95,7 +100,8 @@ pub(crate) fn translate(
         let conditional = instruction.is_jcc_short_or_near();
         side_exits += usize::from(conditional);
         let goes_on = conditional && side_exits <= MAX_SIDE_EXITS && !limited;
-        if matches!(class, Class::System | Class::Branch) && !goes_on {
+        let ends = matches!(class, Class::System | Class::Branch | Class::Transfer);
+        if ends && !goes_on {
             break;
         }
     }

@@ -158,7 +158,7 @@ impl Lower<'_> {
                 access: None,
                 keeps: has_home(instruction.memory_index()),
             },
-            Class::Special | Class::System => none,
+            Class::Special | Class::Transfer | Class::System => none,
         }
     }
 

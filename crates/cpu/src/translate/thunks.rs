@@ -8,7 +8,9 @@ use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
 };
 use super::lower::meta;
-use crate::mmu::{AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, tlb_number};
+use super::repeat;
+use super::transfer::{jump_through_cache, jump_through_neighbour};
+use crate::mmu::{AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, jump_table, tlb_number};
 use crate::state::{WINDOWS, Window, WindowSet, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
@@ -65,7 +67,16 @@ pub(crate) struct Thunks {
     pub(crate) enter: u64,
     pub(crate) lookup: u64,
     pub(crate) link: u64,
+    /// As `lookup`, of 64-bit code, by [`Rights`]: after a look at the neighbouring line of
+    /// the jump cache.
+    pub(crate) far_lookup: [u64; 3],
+    /// As `branch`, likewise.
+    pub(crate) far_branch: [u64; 3],
+    /// Instead of `link`, for targets that must not be chained: to the guest address in T0
+    /// through the jump cache, by [`Rights`].
+    pub(crate) unchained: [u64; 3],
     pub(crate) branch: u64,
+    pub(crate) repeat: repeat::Thunks,
     pub(crate) system: u64,
     pub(crate) attention: u64,
     pub(crate) host_fault: u64,
@@ -178,7 +189,16 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     thunks.lookup = out(a, Leave::Lookup, false);
     thunks.apart = out(a, Leave::Apart, false);
     thunks.link = out(a, Leave::Link, true);
+    for rights in Rights::ALL {
+        let lookup = neighbour(a, rights, thunks.lookup);
+        thunks.far_lookup[rights as usize] = lookup;
+        thunks.unchained[rights as usize] = unchained(a, rights, lookup);
+    }
+    thunks.repeat = repeat::emit(a);
     thunks.branch = out(a, Leave::Branch, true);
+    for rights in Rights::ALL {
+        thunks.far_branch[rights as usize] = neighbour(a, rights, thunks.branch);
+    }
     thunks.system = out(a, Leave::System, true);
     thunks.attention = out(a, Leave::Attention, false);
     thunks.fault = out(a, Leave::Fault, true);
@@ -255,6 +275,27 @@ fn fpu_load(a: &mut Asm, mask: u32) -> u64 {
     a.mov(RDX, T1);
     a.load_gs(RAX, state_offset!(temp));
     a.raw(&[0xc3]);
+    at
+}
+
+/// To the guest address in T0, which is not in its own line of the jump cache, through the
+/// neighbouring one; or else to `out`. Keeps T1 for it.
+fn neighbour(a: &mut Asm, rights: Rights, out: u64) -> u64 {
+    let at = a.here();
+    a.store_gs(state_offset!(temp) + 8, RAX);
+    let miss = jump_through_neighbour(a, jump_table(rights, false));
+    a.aim(miss);
+    a.load_gs(RAX, state_offset!(temp) + 8);
+    a.jmp(out);
+    at
+}
+
+/// To the guest address in T0 through the jump cache.
+fn unchained(a: &mut Asm, rights: Rights, lookup: u64) -> u64 {
+    let at = a.here();
+    let miss = jump_through_cache(a, jump_table(rights, false));
+    a.aim(miss);
+    a.jmp(lookup);
     at
 }
 

@@ -58,7 +58,7 @@ const OF_THE_HOST: [Mnemonic; 28] = [
 ];
 
 /// What translated code may write of the state block: offset and length.
-fn writable() -> [(i32, usize); 7] {
+fn writable() -> [(i32, usize); 11] {
     [
         (state_offset!(gpr), 16 * 8),
         (state_offset!(temp), 4 * 8),
@@ -67,6 +67,10 @@ fn writable() -> [(i32, usize); 7] {
         (state_offset!(system_flags), 8),
         (state_offset!(gs_base), 8),
         (state_offset!(kernel_gs_base), 8),
+        (state_offset!(fs_base), 8),
+        (state_offset!(frame), 5 * 8),
+        (state_offset!(segments), 6 * 16),
+        (state_offset!(cpl), 1),
     ]
 }
 
@@ -261,7 +265,9 @@ impl Code64<'_> {
                     t.attention,
                     t.fault,
                 ];
-                if self.is_inside(target) || outs.contains(&target) {
+                let far = [t.far_lookup, t.far_branch];
+                let mut outs = outs.iter().chain(far.as_flattened());
+                if self.is_inside(target) || outs.any(|t| *t == target) {
                     Ok(())
                 } else {
                     Err("a jump to somewhere else")
@@ -270,7 +276,9 @@ impl Code64<'_> {
             FlowControl::Call => {
                 let slow = self.slow_thunk(i).is_some() && facts.pushed.is_some();
                 if i.code() == Code::Call_rel32_64
-                    && (slow || [t.commit, t.fpu_load].contains(&i.near_branch_target()))
+                    && (slow
+                        || self.is_repeat(i)
+                        || [t.commit, t.fpu_load].contains(&i.near_branch_target()))
                 {
                     Ok(())
                 } else {
@@ -299,6 +307,14 @@ impl Code64<'_> {
 
     fn is_inside(&self, target: u64) -> bool {
         target.wrapping_sub(self.base) < self.length
+    }
+
+    /// Whether a repeated copy or fill is called.
+    fn is_repeat(&self, i: &Instruction) -> bool {
+        self.thunks
+            .repeat
+            .as_flattened()
+            .contains(&i.near_branch_target())
     }
 
     /// Which slow path is called: whether for a store.

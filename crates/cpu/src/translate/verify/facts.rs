@@ -239,6 +239,12 @@ impl Facts {
         i: &Instruction,
         pushed: Option<u32>,
     ) -> Result<(), &'static str> {
+        if code.is_repeat(i) {
+            for register in [T0, T1, 1, 6, 7] {
+                self.registers[register] = fresh(index, register as u64, false);
+            }
+            return Ok(());
+        }
         let Some(store) = code.slow_thunk(i) else {
             // `fpu_load` uses it
             self.registers[T1] = fresh(index, T1 as u64, false);

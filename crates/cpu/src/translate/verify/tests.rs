@@ -46,6 +46,7 @@ impl Translator {
             start: start(mode),
             bytes,
             mode,
+            crossing: false,
         };
         let numbers = Numbers {
             first_system: 0,
