@@ -1,13 +1,16 @@
-//! `cargo xtask test`, `difftest` and `long`: what to run, and with what. The checks
+//! `cargo xtask test`, `difftest`, `fuzz` and `long`: what to run, and with what. The checks
 //! themselves are tests of the crates.
 
 use std::env;
 use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::{Error, packages, process, root};
 
 /// Cases of `cargo xtask difftest` unless told otherwise.
 pub(crate) const DIFFTEST_CASES: u64 = 200_000;
+/// Minutes of `cargo xtask fuzz` unless told otherwise.
+pub(crate) const FUZZ_MINUTES: u64 = 10;
 /// Cases of `cargo xtask long`, and boots with each number of vCPUs.
 const LONG_CASES: u64 = 1_000_000;
 const LONG_BOOTS: u32 = 50;
@@ -44,9 +47,25 @@ pub(crate) fn difftest(cases: u64, seed: Option<u64>) -> Result<(), Error> {
     process::succeed("the differential test", &mut run)
 }
 
+/// Runs hostile guests alone. Each run without a seed takes another one, which the test prints.
+pub(crate) fn fuzz(minutes: u64, seed: Option<u64>, scene: Option<u64>) -> Result<(), Error> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let seed = seed.unwrap_or_else(|| now.map_or(0, |time| time.as_secs()));
+    let mut run = cargo();
+    run.args(["test", "--release", "--package", "strata-difftest"])
+        .args(["--test", "hostile", "--", "--nocapture"])
+        .env("STRATA_HOSTILE_SECONDS", (minutes * 60).to_string())
+        .env("STRATA_HOSTILE_SEED", seed.to_string());
+    if let Some(scene) = scene {
+        run.env("STRATA_HOSTILE_SCENE", scene.to_string());
+    }
+    process::succeed("hostile guests", &mut run)
+}
+
 /// Runs what takes too long for every change.
 pub(crate) fn long() -> Result<(), Error> {
     difftest(LONG_CASES, None)?;
+    fuzz(FUZZ_MINUTES, None, None)?;
     packages::provide(packages::FOR_TESTS)?;
     let mut boots = cargo();
     boots

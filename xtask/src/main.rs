@@ -39,8 +39,20 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Run the long checks: a million differential cases, and fifty boots in a row with one, two
-    /// and four vCPUs each
+    /// Run hostile guests: random code, page tables and devices, in every mode
+    Fuzz {
+        /// How long, in minutes
+        #[arg(long, default_value_t = checks::FUZZ_MINUTES)]
+        minutes: u64,
+        /// Where the random numbers start; a new one without it
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Run this scene of the seed only, as a report names it
+        #[arg(long, requires = "seed")]
+        scene: Option<u64>,
+    },
+    /// Run the long checks: a million differential cases, ten minutes of hostile guests, and fifty
+    /// boots in a row with one, two and four vCPUs each
     Long,
 }
 
@@ -100,6 +112,11 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Test { arguments } => checks::test(&arguments),
         Command::Difftest { cases, seed } => checks::difftest(cases, seed),
+        Command::Fuzz {
+            minutes,
+            seed,
+            scene,
+        } => checks::fuzz(minutes, seed, scene),
         Command::Long => checks::long(),
     };
     match done {
