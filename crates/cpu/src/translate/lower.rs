@@ -6,7 +6,7 @@
 //! flags are in AX (`LAHF; SETO AL`). [`Flags`] follows where they are in between.
 
 use iced_x86::{
-    Code, ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
+    ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
 };
 
 use super::access::{Stub, window_number};
@@ -15,8 +15,7 @@ use super::classify::Class;
 use super::legacy::SegmentFault;
 use super::spans::Role;
 use super::thunks::Thunks;
-use super::transfer::{jump_through_cache, jumps_offset};
-use crate::mmu::{JumpEntry, Rights, apart_table, jump_index, jump_table};
+use crate::mmu::{Rights, jump_table};
 use crate::segmentation::Legacy;
 use crate::state::{rflags, state_offset};
 
@@ -74,7 +73,7 @@ impl Mode {
     }
 
     /// Which jump cache leads to blocks of this mode but for these rights.
-    fn jumps_with(&self, rights: Rights) -> usize {
+    pub(super) fn jumps_with(&self, rights: Rights) -> usize {
         jump_table(rights, self.legacy.is_some())
     }
 
@@ -126,12 +125,12 @@ pub(crate) struct Exit {
     pub(crate) out: u32,
 }
 
-struct PendingExit {
-    jump: usize,
-    target: u64,
+pub(super) struct PendingExit {
+    pub(super) jump: usize,
+    pub(super) target: u64,
     /// The guest's flags are in the host's only, where this leaves from the block's middle.
-    flags_in_host: bool,
-    rights: Rights,
+    pub(super) flags_in_host: bool,
+    pub(super) rights: Rights,
 }
 
 /// Bits of the word that tells the slow path what an access is.
@@ -183,19 +182,19 @@ pub(crate) struct Lower<'a> {
     pub(super) mode: Mode,
     /// Whose rights accesses have now: STAC and CLAC change them.
     pub(super) rights: Rights,
-    start: u64,
+    pub(super) start: u64,
     first_system: u32,
     first_exit: u32,
     systems: Vec<Instruction>,
     pub(super) current: u16,
     pub(super) stubs: Vec<Stub>,
-    pending: Vec<PendingExit>,
+    pub(super) pending: Vec<PendingExit>,
     pub(super) sites: Vec<Site>,
     /// The current instruction's access was checked with those before it; T1 is taken.
     pub(super) in_span: bool,
     fpu_check: Option<usize>,
     /// Indirect branches: where they look up in vain, and the branch's address.
-    misses: Vec<(usize, u64)>,
+    pub(super) misses: Vec<(usize, u64)>,
     /// Jumps to where an instruction is left to `system`: indirect calls to non-canonical
     /// addresses, and what the short forms of others do not do.
     pub(super) departures: Vec<(usize, Instruction)>,
@@ -533,140 +532,6 @@ impl<'a> Lower<'a> {
         }
     }
 
-    /// A jump at `jump` leaves the block for `target`, with the flags in AX.
-    pub(super) fn leave_at(&mut self, jump: usize, target: u64) {
-        self.pending.push(PendingExit {
-            jump,
-            target,
-            flags_in_host: false,
-            rights: self.rights,
-        });
-    }
-
-    /// A conditional jump out of the block's middle. The flags are saved only where it is
-    /// taken.
-    fn side_exit(&mut self, instruction: &Instruction) {
-        self.flags_into_host();
-        let condition = condition_number(instruction.condition_code());
-        let jump = self.asm.jcc_forward(condition);
-        self.pending.push(PendingExit {
-            jump,
-            target: instruction.near_branch_target(),
-            flags_in_host: self.flags == Flags::Host,
-            rights: self.rights,
-        });
-    }
-
-    fn branch(&mut self, instruction: &Instruction) {
-        if let Some(legacy) = self.mode.legacy {
-            return self.legacy_branch(instruction, legacy);
-        }
-        let mnemonic = instruction.mnemonic();
-        if instruction.is_jcc_short_or_near() {
-            self.flags_into_ax();
-            self.flags_into_host();
-            let condition = condition_number(instruction.condition_code());
-            let jump = self.asm.jcc_forward(condition);
-            self.leave_at(jump, instruction.near_branch_target());
-            self.fall_through(instruction.next_ip());
-        } else if instruction.is_jcx_short() || instruction.is_loop() || instruction.is_loopcc() {
-            self.count_branch(instruction);
-        } else if instruction.is_jmp_short_or_near() {
-            self.fall_through(instruction.near_branch_target());
-        } else if instruction.is_call_near() {
-            self.push_return(instruction);
-            self.fall_through(instruction.near_branch_target());
-        } else if mnemonic == Mnemonic::Ret {
-            self.pop_return(instruction);
-            self.release_host_flags();
-            self.jump_to_t0(instruction);
-        } else {
-            self.indirect_branch(instruction);
-        }
-    }
-
-    fn indirect_branch(&mut self, instruction: &Instruction) {
-        self.release_host_flags();
-        let target = state_offset!(temp) + 8;
-        if instruction.op0_kind() == OpKind::Memory {
-            self.load_operand(instruction, 8);
-        } else {
-            let guest = instruction.op0_register().full_register().number();
-            let from = self.register(guest, T0);
-            self.asm.store_gs(target, from);
-        }
-        if instruction.mnemonic() == Mnemonic::Call {
-            // #GP comes before the push
-            self.asm.load_gs(T1, target);
-            self.asm.shift(7, T1, 47);
-            self.asm.alu_imm(Alu::Add, T1, 1);
-            self.asm.alu_imm(Alu::Cmp, T1, 1);
-            let bad = self.asm.jcc_forward(cc::A);
-            self.departures.push((bad, *instruction));
-            self.push_return(instruction);
-        }
-        self.asm.load_gs(T0, target);
-        self.jump_to_t0(instruction);
-    }
-
-    /// JRCXZ, LOOP and their kin: no flags are changed.
-    fn count_branch(&mut self, instruction: &Instruction) {
-        let narrow = matches!(
-            instruction.code(),
-            Code::Jecxz_rel8_64
-                | Code::Loop_rel8_64_ECX
-                | Code::Loope_rel8_64_ECX
-                | Code::Loopne_rel8_64_ECX
-        );
-        self.flags_into_ax();
-        let prefix: &[u8] = if narrow { &[0x67] } else { &[] };
-        let jump_if_zero = |asm: &mut Asm, over: u8| {
-            asm.raw(prefix);
-            asm.raw(&[0xe3, over]);
-        };
-        let taken = instruction.near_branch_target();
-        let next = instruction.next_ip();
-        if instruction.is_jcx_short() {
-            jump_if_zero(&mut self.asm, 5);
-            self.fall_through(next);
-            self.fall_through(taken);
-            return;
-        }
-        self.asm.lea(RCX, Some(RCX), None, -1, narrow);
-        if instruction.is_loop() {
-            jump_if_zero(&mut self.asm, 5);
-            self.fall_through(taken);
-            self.fall_through(next);
-            return;
-        }
-        self.flags_into_host();
-        let equal = matches!(
-            instruction.code(),
-            Code::Loope_rel8_64_ECX | Code::Loope_rel8_64_RCX
-        );
-        jump_if_zero(&mut self.asm, 6);
-        let jump = self.asm.jcc_forward(if equal { cc::E } else { cc::NE });
-        self.leave_at(jump, taken);
-        self.fall_through(next);
-    }
-
-    /// Goes to the guest address in T0 through the jump cache.
-    pub(super) fn jump_to_t0(&mut self, instruction: &Instruction) {
-        debug_assert!(self.flags != Flags::Host);
-        if self.mode.single {
-            // the jump cache leads to blocks of more than one instruction
-            let miss = self.asm.jmp_forward();
-            self.misses.push((miss, instruction.ip()));
-            return;
-        }
-        if let Some(legacy) = self.mode.legacy {
-            self.tag_t0(legacy);
-        }
-        let table = self.mode.jumps_with(self.rights);
-        let miss = jump_through_cache(&mut self.asm, table);
-        self.misses.push((miss, instruction.ip()));
-    }
-
     /// Writes the out-of-line parts.
     pub(crate) fn finish(mut self) -> Lowered {
         if let Some(check) = self.fpu_check.take() {
@@ -726,53 +591,6 @@ impl<'a> Lower<'a> {
             exits,
             systems: self.systems,
         }
-    }
-
-    /// Whether a branch's target lies in the page that the block begins in.
-    fn same_page(&self, target: u64) -> bool {
-        self.mode.linear(target) >> 12 == self.mode.linear(self.start) >> 12
-    }
-
-    /// To the block for the instruction at an offset from here that checks every access by
-    /// itself.
-    pub(super) fn go_apart(&mut self, guest: u16, rights: Rights) {
-        let target = self.start.wrapping_add(guest.into());
-        let line = jumps_offset(apart_table(rights))
-            + (jump_index(target) * size_of::<JumpEntry>()) as i32;
-        let a = &mut self.asm;
-        a.mov_imm(T0, target);
-        a.load_gs(T1, state_offset!(space));
-        a.alu_mem(Alu::Cmp, T0, T1, line);
-        a.jcc(cc::NE, self.thunks.apart);
-        a.jmp_mem(T1, line + std::mem::offset_of!(JumpEntry, code) as i32);
-    }
-
-    /// To another page, whose mapping may change: through the jump cache.
-    fn far_exit(&mut self, target: u64, rights: Rights) {
-        let entry = jumps_offset(self.mode.jumps_with(rights))
-            + (jump_index(target) * size_of::<JumpEntry>()) as i32;
-        let a = &mut self.asm;
-        if self.mode.single {
-            a.mov_imm(T0, target);
-            a.jmp(self.thunks.lookup);
-            return;
-        }
-        if let Some(legacy) = self.mode.legacy {
-            a.mov_imm(T0, legacy.jump_key(target));
-            a.load_gs(T1, state_offset!(space));
-            a.alu_mem(Alu::Cmp, T0, T1, entry);
-            let miss = a.jcc_forward(cc::NE);
-            a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
-            a.aim(miss);
-            self.untag_t0();
-            self.asm.jmp(self.thunks.lookup);
-            return;
-        }
-        a.mov_imm(T0, target);
-        a.load_gs(T1, state_offset!(space));
-        a.alu_mem(Alu::Cmp, T0, T1, entry);
-        a.jcc(cc::NE, self.thunks.far_lookup[rights as usize]);
-        a.jmp_mem(T1, entry + std::mem::offset_of!(JumpEntry, code) as i32);
     }
 
     pub(super) fn load_guest_rax(&mut self) {

@@ -10,6 +10,7 @@
 
 mod access;
 pub(crate) mod asm;
+mod branch;
 pub(crate) mod cache;
 pub(crate) mod classify;
 mod generic;
