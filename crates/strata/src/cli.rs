@@ -9,7 +9,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::exit;
-use crate::units::{self, Disk};
+use crate::units::{self, Disk, Module};
 
 const RUN_KEYS: &str = "\
 Keys on the console: Ctrl-A x quits, Ctrl-A h lists the keys, Ctrl-A Ctrl-A sends Ctrl-A.";
@@ -76,16 +76,22 @@ pub(crate) struct RunArgs {
           value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
     pub(crate) disks: Vec<Disk>,
 
-    /// Linux kernel to boot, a bzImage or an ELF vmlinux, instead of the default appliance
+    /// Kernel to boot instead of the default appliance: Linux, a bzImage or an ELF vmlinux, or a
+    /// Multiboot kernel
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
 
-    /// Initial RAM file system for --kernel
+    /// Initial RAM file system for --kernel; to a Multiboot kernel the first module
     #[arg(long, value_name = "FILE", requires = "kernel")]
     pub(crate) initrd: Option<PathBuf>,
 
+    /// Module for a Multiboot kernel, with what the kernel is told of it. Repeat for more
+    #[arg(long = "module", value_name = "FILE [ARGS]", requires = "kernel",
+          value_parser = OsStringValueParser::new().try_map(|text| units::module(&text)))]
+    pub(crate) modules: Vec<Module>,
+
     /// Kernel command line; added to the appliance's own, the whole of it with --kernel
-    /// [default with --kernel: "console=ttyS0 panic=-1"]
+    /// [default with --kernel: "console=ttyS0 panic=-1" for Linux, nothing for others]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) append: Option<String>,
 
@@ -100,6 +106,10 @@ pub(crate) struct RunArgs {
     /// Stop the machine after this time, such as 30s, 5m or 500ms
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) timeout: Option<Duration>,
+
+    /// Port, such as 0xf4, that ends the machine: after a write of V the status is V * 2 + 1
+    #[arg(long, value_name = "PORT", value_parser = units::port)]
+    pub(crate) debug_exit: Option<u16>,
 
     /// Also write all that appears on the guest's serial console to this file
     #[arg(long, value_name = "FILE")]
@@ -210,8 +220,19 @@ mod tests {
     }
 
     #[test]
+    fn modules_keep_their_order_and_arguments() {
+        let run = run(&["--kernel", "k", "--module", "a x y", "--module", "b"]).unwrap();
+        let modules: Vec<_> = run
+            .modules
+            .iter()
+            .map(|m| (m.path.to_str().unwrap(), &*m.arguments))
+            .collect();
+        assert_eq!(modules, [("a", "x y"), ("b", "")]);
+    }
+
+    #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 9] = [
+        let wrong: [&[&str]; 13] = [
             &["--memory", "512"],
             &["--cpus", "0"],
             &["--cpus", "17"],
@@ -219,6 +240,10 @@ mod tests {
             &["--accel", "kvm"],
             &["--initrd", "i"],
             &["--kernel", "k", "--", "ls"],
+            &["--module", "m"],
+            &["--kernel", "k", "--module", ""],
+            &["--debug-exit", "0x10000"],
+            &["--debug-exit", "port"],
             &["ls"],
             &["--", ""],
         ];

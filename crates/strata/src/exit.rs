@@ -16,6 +16,9 @@ pub(crate) enum End {
     Done,
     /// The status of the command that ran in the guest.
     Command(u8),
+    /// The guest wrote this value to the port of `--debug-exit`: twice the value and 1, of which
+    /// the low byte is left.
+    DebugExit(u32),
     /// `strata doctor` finds that this host cannot run guests: 1.
     Unfit,
     /// The time of `--timeout` was over: 124.
@@ -40,6 +43,8 @@ impl End {
         match self {
             Self::Done => 0,
             Self::Command(status) => status,
+            // As QEMU's isa-debug-exit has it, which test kernels are written for.
+            Self::DebugExit(value) => (value << 1 | 1) as u8,
             Self::Unfit => 1,
             Self::Timeout => 124,
             Self::NotStarted => 125,
@@ -63,6 +68,7 @@ pub(crate) const HELP: &str = "\
 Exit status:
   with -- CMD  the command's own (126 not executable, 127 not found, 128+n signal n)
   0            the guest powered off or rebooted, or Ctrl-A x
+  V * 2 + 1    the guest wrote V to the port of --debug-exit
   2            wrong usage
   124          --timeout was over
   125          no machine was started: bad input, or the host lacks something
@@ -81,6 +87,12 @@ mod tests {
         for status in [0, 1, 42, 127, 139, 255] {
             assert_eq!(End::Command(status).status(), status);
         }
+    }
+
+    #[test]
+    fn a_debug_exit_is_told_as_test_kernels_expect() {
+        let statuses = [0, 1, 0x10, 0x7f, 0x80, u32::MAX].map(|v| End::DebugExit(v).status());
+        assert_eq!(statuses, [1, 3, 33, 255, 1, 255]);
     }
 
     #[test]

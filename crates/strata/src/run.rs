@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use strata_image::{GREETING, Session};
 use strata_vmm::{
-    Accel, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome, SerialConsole,
+    Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
+    SerialConsole,
 };
 
 use crate::appliance;
@@ -26,9 +27,6 @@ const APPLIANCE_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
 /// Added where boot messages are not asked for with `-v`.
 const QUIET: &str = "quiet";
-
-/// Kernel command line with `--kernel` and without `--append`.
-const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
 /// How much of a hidden console is shown when the guest dies, lines.
 const SHOWN_ON_DEATH: usize = 60;
@@ -118,7 +116,9 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         },
         kernel: boot.kernel,
         initrd: boot.initrd,
+        modules: modules(args),
         command_line: boot.command_line,
+        debug_exit: args.debug_exit,
         disks: disks(args),
         console: SerialConsole {
             output: Box::new(output),
@@ -185,11 +185,22 @@ fn disks(args: &RunArgs) -> Vec<DiskConfig> {
         .collect()
 }
 
+fn modules(args: &RunArgs) -> Vec<BootModule> {
+    args.modules
+        .iter()
+        .map(|module| BootModule {
+            path: module.path.clone(),
+            arguments: module.arguments.clone(),
+        })
+        .collect()
+}
+
 /// What is booted.
 struct Boot {
     kernel: PathBuf,
     initrd: Vec<InitrdPart>,
-    command_line: String,
+    /// `None`: what suits the kernel.
+    command_line: Option<String>,
     /// What the guest says when it is ready for input; empty where nothing is known of it.
     greeting: &'static str,
 }
@@ -200,10 +211,7 @@ impl Boot {
             return Ok(Self {
                 kernel: kernel.clone(),
                 initrd: args.initrd.iter().cloned().map(InitrdPart::File).collect(),
-                command_line: args
-                    .append
-                    .clone()
-                    .unwrap_or_else(|| DEFAULT_COMMAND_LINE.to_owned()),
+                command_line: args.append.clone(),
                 greeting: "",
             });
         }
@@ -227,7 +235,7 @@ impl Boot {
                 InitrdPart::File(appliance.initramfs),
                 InitrdPart::Bytes(session.segment()),
             ],
-            command_line,
+            command_line: Some(command_line),
             greeting: GREETING,
         })
     }
@@ -283,6 +291,7 @@ impl Ended<'_> {
                     None => died(End::MachineFailed, "the machine stopped for no reason"),
                 };
             }
+            Outcome::DebugExit(value) => return (End::DebugExit(*value), None),
             Outcome::PowerOff | Outcome::Reset => {}
         }
         let Some(progress) = self.status.as_ref().map(Status::progress) else {
@@ -344,6 +353,11 @@ mod tests {
     fn a_guest_that_never_started_the_command_is_a_failure() {
         assert_eq!(judge(Outcome::PowerOff, Some("")), End::CommandNotStarted);
         assert_eq!(judge(Outcome::Reset, Some("")), End::CommandNotStarted);
+    }
+
+    #[test]
+    fn a_debug_exit_is_the_guests_own_end() {
+        assert_eq!(judge(Outcome::DebugExit(0), None).status(), 1);
     }
 
     #[test]

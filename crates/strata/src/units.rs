@@ -1,4 +1,4 @@
-//! Sizes, times and disks as they are written on the command line.
+//! Sizes, times, disks and the like as they are written on the command line.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -78,6 +78,42 @@ pub(crate) fn disk(text: &OsStr) -> Result<Disk, String> {
     })
 }
 
+/// A module as given with `--module`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Module {
+    pub(crate) path: PathBuf,
+    pub(crate) arguments: String,
+}
+
+/// Parses `FILE` or `FILE ARGS`; the first space ends the file's name.
+pub(crate) fn module(text: &OsStr) -> Result<Module, String> {
+    let bytes = text.as_bytes();
+    let space = bytes.iter().position(|byte| *byte == b' ');
+    let (path, arguments) = bytes.split_at(space.unwrap_or(bytes.len()));
+    if path.is_empty() {
+        return Err("a module is a file: FILE, or \"FILE ARGS\"".to_owned());
+    }
+    let arguments = str::from_utf8(arguments).map_err(|_| "the arguments are not UTF-8")?;
+    Ok(Module {
+        path: OsStr::from_bytes(path).into(),
+        arguments: arguments.trim_start_matches(' ').to_owned(),
+    })
+}
+
+/// The last I/O port that has three after it.
+const LAST_OF_FOUR: u16 = 0xfffc;
+
+/// Parses the first of four I/O ports, decimal or hexadecimal after `0x`.
+pub(crate) fn port(text: &str) -> Result<u16, String> {
+    let port = match text.strip_prefix("0x") {
+        Some(digits) => u16::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    port.ok()
+        .filter(|port| *port <= LAST_OF_FOUR)
+        .ok_or_else(|| "a port is a number from 0 to 0xfffc, such as 0xf4".to_owned())
+}
+
 /// A size in bytes for people to read, such as `512 MiB`.
 pub(crate) fn display_size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
@@ -123,6 +159,15 @@ mod tests {
             "1 G",
         ] {
             assert!(memory(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_port_is_read_in_either_base() {
+        assert_eq!(port("0xf4"), Ok(0xf4));
+        assert_eq!(port("1281"), Ok(0x501));
+        for text in ["", "0x", "-1", "f4", "0xfffd", "65536", "0xf4 "] {
+            assert!(port(text).is_err(), "{text}");
         }
     }
 

@@ -35,7 +35,9 @@ fn main() -> ExitCode {
         accel: Accel::Soft,
         kernel: kernel.into(),
         initrd,
-        command_line,
+        modules: Vec::new(),
+        command_line: Some(command_line),
+        debug_exit: None,
         disks: args.map(disk).collect(),
         console: SerialConsole {
             output: Box::new(io::stdout()),

@@ -67,6 +67,13 @@ impl Buses {
         insert(&mut self.ports, ports, device);
     }
 
+    /// Whether a device has one of these ports.
+    pub(crate) fn has_ports(&self, ports: &Range<u16>) -> bool {
+        let overlaps =
+            |(other, _): &(Range<u16>, _)| other.start < ports.end && ports.start < other.end;
+        self.ports.iter().any(overlaps)
+    }
+
     /// Puts `device` at `addresses`.
     pub(crate) fn add_mmio(&mut self, addresses: Range<u64>, device: Arc<dyn MmioDevice>) {
         insert(&mut self.mmio, addresses, device);

@@ -14,6 +14,7 @@ use crate::bus::{Buses, MmioDevice, PortDevice};
 use crate::clock::{Clock, time_of_day};
 use crate::console::SerialPort;
 use crate::ending::{Ending, Outcome};
+use crate::error::Error;
 use crate::interrupts::Interrupts;
 use crate::layout;
 use crate::sync::lock;
@@ -79,6 +80,24 @@ impl PortDevice for PvPanicPort {
     }
 }
 
+/// Ports of the debug exit, as QEMU's `isa-debug-exit` has them for test kernels.
+const DEBUG_EXIT_PORTS: u16 = 4;
+
+/// What a guest writes here ends the machine.
+struct DebugExitPort(Arc<Ending>);
+
+impl PortDevice for DebugExitPort {
+    fn port_read(&self, _port: u16, _size: u8) -> u32 {
+        0
+    }
+
+    fn port_write(&self, _port: u16, size: u8, value: u32) {
+        let unused_bits = 32 - 8 * u32::from(size.clamp(1, 4));
+        let value = value << unused_bits >> unused_bits;
+        self.0.end(Outcome::DebugExit(value));
+    }
+}
+
 struct IoApicMmio(Interrupts);
 
 impl MmioDevice for IoApicMmio {
@@ -120,16 +139,19 @@ pub(crate) struct Parts {
     pub(crate) interrupts: Interrupts,
     pub(crate) serial: Arc<SerialPort>,
     pub(crate) pci: Arc<PciRoot>,
+    /// Where the debug-exit ports begin, if there are any.
+    pub(crate) debug_exit: Option<u16>,
 }
 
 /// Puts every device of the machine where the guest finds it.
-pub(crate) fn buses(parts: Parts) -> Buses {
+pub(crate) fn buses(parts: Parts) -> Result<Buses, Error> {
     let Parts {
         clock,
         ending,
         interrupts,
         serial,
         pci,
+        debug_exit,
     } = parts;
     let rtc = Arc::new(RtcPorts(Mutex::new(Rtc::new())));
     let power = Arc::new(PowerPorts {
@@ -138,7 +160,7 @@ pub(crate) fn buses(parts: Parts) -> Buses {
         ending: Arc::clone(&ending),
     });
     let pvpanic = Arc::new(PvPanicPort {
-        ending,
+        ending: Arc::clone(&ending),
         serial: Arc::clone(&serial),
     });
 
@@ -156,6 +178,13 @@ pub(crate) fn buses(parts: Parts) -> Buses {
     buses.add_ports(0xcf8..pm::RESET_PORT, pci.clone());
     buses.add_ports(pm::RESET_PORT..pm::RESET_PORT + 1, power);
     buses.add_ports(pm::RESET_PORT + 1..0xd00, pci.clone());
+    if let Some(port) = debug_exit {
+        let ports = port..port.saturating_add(DEBUG_EXIT_PORTS);
+        if buses.has_ports(&ports) {
+            return Err(Error::DebugExitTaken(port));
+        }
+        buses.add_ports(ports, Arc::new(DebugExitPort(ending)));
+    }
 
     buses.add_mmio(
         IOAPIC_BASE..IOAPIC_BASE + IOAPIC_SIZE,
@@ -167,5 +196,5 @@ pub(crate) fn buses(parts: Parts) -> Buses {
     );
     // BARs that the guest has moved, and ECAM.
     buses.set_rest(pci);
-    buses
+    Ok(buses)
 }

@@ -12,13 +12,21 @@ pub struct MachineConfig {
     pub memory: u64,
     /// What runs the vCPUs.
     pub accel: Accel,
-    /// A Linux bzImage or ELF `vmlinux`.
+    /// A Linux bzImage or ELF `vmlinux`, or a Multiboot kernel.
     pub kernel: PathBuf,
-    /// Parts of the initial RAM disk, put together in order, each padded to 4 bytes. Empty:
-    /// there is none.
+    /// Parts of the initial RAM disk, put together in order, each padded to 4 bytes; to a
+    /// Multiboot kernel each is a module. Empty: there is none.
     pub initrd: Vec<InitrdPart>,
-    /// The kernel's command line.
-    pub command_line: String,
+    /// Modules of a Multiboot kernel, after the parts of the initial RAM disk.
+    pub modules: Vec<BootModule>,
+    /// The kernel's command line. `None`: what suits its kind, which for Linux is a console on
+    /// the serial port and a reset after a panic. A Multiboot kernel finds its path before it.
+    pub command_line: Option<String>,
+    /// The first of four ports that end the machine with [`Outcome::DebugExit`] when the guest
+    /// writes to one. `None`: there are no such ports.
+    ///
+    /// [`Outcome::DebugExit`]: crate::Outcome::DebugExit
+    pub debug_exit: Option<u16>,
     /// Virtio disks, in order: vda, vdb, ...
     pub disks: Vec<DiskConfig>,
     /// The serial port, ttyS0.
@@ -44,6 +52,15 @@ pub enum InitrdPart {
     File(PathBuf),
     /// These bytes.
     Bytes(Vec<u8>),
+}
+
+/// A module of a Multiboot kernel.
+#[derive(Clone, Debug)]
+pub struct BootModule {
+    /// Its content.
+    pub path: PathBuf,
+    /// What the kernel is told of it, after the path.
+    pub arguments: String,
 }
 
 /// A disk image or block device.

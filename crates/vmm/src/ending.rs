@@ -18,6 +18,8 @@ pub enum Outcome {
     PowerOff,
     /// The guest reset its machine.
     Reset,
+    /// The guest wrote this value to the debug-exit port.
+    DebugExit(u32),
     /// The guest's kernel panicked.
     Panic,
     /// The guest's CPU could not deliver an exception and shut down.

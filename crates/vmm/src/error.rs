@@ -22,9 +22,9 @@ pub enum Error {
         /// Why not.
         source: strata_memory::Error,
     },
-    /// The kernel and initial RAM disk do not fit.
+    /// The kernel and its initial RAM disk or modules do not fit.
     #[error(
-        "{} MiB of memory is too little for this kernel and initial RAM disk; \
+        "{} MiB of memory is too little for this kernel and what is loaded with it; \
          give the machine at least {} MiB",
         size / MIB, minimum / MIB
     )]
@@ -37,7 +37,7 @@ pub enum Error {
     /// A file could not be read.
     #[error("cannot read the {what} {}", path.display())]
     Read {
-        /// What it was to be: "kernel", "initial RAM disk".
+        /// What it was to be: "kernel", "initial RAM disk", "module".
         what: &'static str,
         /// Which file.
         path: PathBuf,
@@ -64,6 +64,25 @@ pub enum Error {
         /// Bytes that there is room for.
         room: u64,
     },
+    /// The modules are larger than the memory they have to be in.
+    #[error(
+        "the kernel's modules are larger than the memory that can hold them; \
+         give the machine more memory or the kernel less"
+    )]
+    ModulesTooLarge,
+    /// There are modules, but no Multiboot kernel.
+    #[error(
+        "modules are for Multiboot kernels, and {} is a Linux kernel; \
+         it takes an initial RAM disk instead",
+        .0.display()
+    )]
+    ModulesForLinux(PathBuf),
+    /// The debug-exit port cannot be where it was asked for.
+    #[error(
+        "the debug-exit port cannot be at {0:#x}, where another device is; \
+         test kernels expect it at 0xf4"
+    )]
+    DebugExitTaken(u16),
     /// The kernel would cut the command line off.
     #[error("the kernel command line has {length} bytes; this kernel takes at most {limit}")]
     CommandLineTooLong {
@@ -96,8 +115,8 @@ pub enum Error {
 pub enum KernelProblem {
     /// It is something else.
     #[error(
-        "not a Linux kernel but {0}; a bzImage (usually named vmlinuz) or an x86-64 ELF vmlinux \
-         is needed"
+        "not a Linux kernel but {0}; a bzImage (usually named vmlinuz), an x86-64 ELF vmlinux or \
+         a Multiboot kernel is needed"
     )]
     NotAKernel(&'static str),
     /// It is a kernel for another machine.
@@ -114,6 +133,9 @@ pub enum KernelProblem {
         /// Bytes that its headers speak of.
         expected: u64,
     },
+    /// It is a Multiboot kernel that cannot be loaded.
+    #[error("this Multiboot kernel cannot be loaded: {0}")]
+    Multiboot(String),
     /// It uses a boot protocol that is too old.
     #[error(
         "the kernel speaks boot protocol {}.{:02}; 2.08 or later (Linux 2.6.26) is needed",

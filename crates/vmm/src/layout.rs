@@ -16,6 +16,9 @@ pub(crate) const BOOT_STACK: u64 = 0x9000;
 pub(crate) const BOOT_PAGE_TABLES: u64 = 0x9000;
 /// The kernel command line.
 pub(crate) const COMMAND_LINE: u64 = 0x20000;
+/// Multiboot information, where there is room for it: above what kernels use to start further
+/// processors from.
+pub(crate) const BOOT_INFO: Range<u64> = 0x1_0000..LOW_MEMORY_END;
 /// Where conventional memory ends and the extended BIOS data area would be.
 pub(crate) const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// End of the 640 KiB; video memory would follow.
@@ -24,6 +27,9 @@ pub(crate) const VIDEO_START: u64 = 0xa_0000;
 pub(crate) const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
 /// Where memory goes on above the legacy area.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// What a kernel may choose for itself to be at.
+pub(crate) const LOADABLE: [Range<u64>; 2] = [0x1000..LOW_MEMORY_END, HIGH_MEMORY..MMIO_HOLE_START];
 
 /// The 32-bit window for PCI BARs.
 pub(crate) const PCI_WINDOW: Range<u64> = MMIO_HOLE_START..0xe000_0000;

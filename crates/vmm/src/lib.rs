@@ -1,4 +1,4 @@
-//! One virtual machine: build it, boot Linux in it, run it, stop it.
+//! One virtual machine: build it, boot a kernel in it, run it, stop it.
 //!
 //! ```text
 //!   MachineConfig ─► Machine::open ─► Opened::build ─► Machine::run ─► Outcome
@@ -37,7 +37,9 @@ mod vcpu;
 pub mod virtio;
 
 pub use bus::{MmioDevice, PortDevice};
-pub use config::{Accel, ConsolePort, DiskConfig, InitrdPart, MachineConfig, SerialConsole};
+pub use config::{
+    Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, MachineConfig, SerialConsole,
+};
 pub use ending::Outcome;
 pub use error::{Error, KernelProblem};
 pub use interrupts::Interrupts;

@@ -89,7 +89,9 @@ impl Machine {
             accel: _,
             kernel,
             initrd,
+            modules,
             command_line,
+            debug_exit,
             disks,
             console,
             ports,
@@ -100,7 +102,8 @@ impl Machine {
         let source = boot::Source {
             kernel: &kernel,
             initrd: &initrd,
-            command_line: &command_line,
+            modules: &modules,
+            command_line: command_line.as_deref(),
             cpus,
         };
         let loaded = Loaded::read(&source, size)?;
@@ -122,6 +125,7 @@ impl Machine {
             disks,
             console,
             ports,
+            debug_exit,
         })
     }
 

@@ -1,5 +1,6 @@
-//! The state that a vCPU enters the kernel in: 64-bit mode, an identity map of the low
-//! 4 GiB, flat segments, interrupts off, RSI at the zero page.
+//! The state that a vCPU enters the kernel in, always with flat segments and interrupts off.
+//! Linux: 64-bit mode, an identity map of the low 4 GiB, RSI at the zero page. Multiboot:
+//! 32-bit protected mode without paging, EBX at the information.
 
 use strata_hypervisor::state::{DescriptorTable, Registers, Segment};
 use strata_memory::GuestMemory;
@@ -12,11 +13,17 @@ const BOOT_CS: u16 = 0x10;
 const BOOT_DS: u16 = 0x18;
 const BOOT_TSS: u16 = 0x20;
 
+/// Selectors of a kernel that is to bring its own, but may forget to.
+const PROTECTED_CS: u16 = 0x08;
+const PROTECTED_DS: u16 = 0x10;
+
 /// Accessed, readable code, present, 64-bit, in 4 KiB units.
 const CODE_ATTRIBUTES: u16 = 0xa09b;
+/// Accessed, readable code, present, 32-bit, in 4 KiB units.
+const CODE_32_ATTRIBUTES: u16 = 0xc09b;
 /// Accessed, writable data, present, 32-bit, in 4 KiB units.
 const DATA_ATTRIBUTES: u16 = 0xc093;
-/// A busy 64-bit TSS, present.
+/// A busy TSS of the mode's width, present.
 const TSS_ATTRIBUTES: u16 = 0x008b;
 const TSS_LIMIT: u32 = 0x67;
 
@@ -40,11 +47,35 @@ const LARGE_PAGE_ENTRY: u64 = 0b1000_0011;
 /// How much of memory is mapped, in GiB; a page directory each.
 const MAPPED_GIB: u64 = 4;
 
-/// Writes GDT and page tables to guest memory and returns the registers to start with.
-pub(super) fn prepare(memory: &GuestMemory, entry: u64) -> Result<Registers, Error> {
+/// Writes a GDT to guest memory and returns the registers to enter a 32-bit kernel with, these
+/// in EAX and EBX (Multiboot specification 0.6.96 §3.2).
+pub(super) fn protected_mode(
+    memory: &GuestMemory,
+    entry: u32,
+    eax: u32,
+    ebx: u32,
+) -> Result<Registers, Error> {
+    let code = segment(PROTECTED_CS, CODE_32_ATTRIBUTES, u32::MAX);
+    let data = segment(PROTECTED_DS, DATA_ATTRIBUTES, u32::MAX);
+    let gdt = [0, descriptor(&code), descriptor(&data)];
+    super::write(memory, layout::BOOT_GDT, &words(gdt))?;
+
+    let mut gpr = [0; 16];
+    gpr[0] = eax.into();
+    gpr[3] = ebx.into();
+    gpr[4] = layout::BOOT_STACK;
+    Ok(Registers {
+        gpr,
+        rip: entry.into(),
+        cr0: CR0_PE | CR0_ET,
+        ..flat(code, data, &gdt)
+    })
+}
+
+/// Writes GDT and page tables to guest memory and returns the registers to start Linux with.
+pub(super) fn long_mode(memory: &GuestMemory, entry: u64) -> Result<Registers, Error> {
     let code = segment(BOOT_CS, CODE_ATTRIBUTES, u32::MAX);
     let data = segment(BOOT_DS, DATA_ATTRIBUTES, u32::MAX);
-    let task = segment(BOOT_TSS, TSS_ATTRIBUTES, TSS_LIMIT);
     let gdt = [0, 0, descriptor(&code), descriptor(&data)];
     super::write(memory, layout::BOOT_GDT, &words(gdt))?;
     super::write(
@@ -59,22 +90,30 @@ pub(super) fn prepare(memory: &GuestMemory, entry: u64) -> Result<Registers, Err
     Ok(Registers {
         gpr,
         rip: entry,
-        rflags: RFLAGS,
-        // ES, CS, SS, DS, FS, GS.
-        segments: [data, code, data, data, data, data],
-        ldtr: Segment::default(),
-        tr: task,
-        gdtr: DescriptorTable {
-            base: layout::BOOT_GDT,
-            limit: (size_of_val(&gdt) - 1) as u16,
-        },
-        idtr: DescriptorTable::default(),
         cr0: CR0_PE | CR0_ET | CR0_NE | CR0_PG,
         cr3: layout::BOOT_PAGE_TABLES,
         cr4: CR4_PAE,
         efer: EFER_LME | EFER_LMA,
-        ..Registers::default()
+        ..flat(code, data, &gdt)
     })
+}
+
+/// What both modes have in common: these segments, from a GDT that is written already, and no
+/// interrupts.
+fn flat(code: Segment, data: Segment, gdt: &[u64]) -> Registers {
+    Registers {
+        rflags: RFLAGS,
+        // ES, CS, SS, DS, FS, GS.
+        segments: [data, code, data, data, data, data],
+        ldtr: Segment::default(),
+        tr: segment(BOOT_TSS, TSS_ATTRIBUTES, TSS_LIMIT),
+        gdtr: DescriptorTable {
+            base: layout::BOOT_GDT,
+            limit: (size_of_val(gdt) - 1) as u16,
+        },
+        idtr: DescriptorTable::default(),
+        ..Registers::default()
+    }
 }
 
 fn segment(selector: u16, attributes: u16, limit: u32) -> Segment {

@@ -1,10 +1,11 @@
 //! The initial RAM disk: files and bytes put together, each part padded to 4 bytes so that
 //! the kernel finds the cpio archive that begins the next.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::Path;
 
+use super::files;
 use crate::config::InitrdPart;
 use crate::error::Error;
 
@@ -26,7 +27,7 @@ pub(super) fn read(parts: &[InitrdPart], memory: u64) -> Result<Vec<u8>, Error> 
     for part in parts {
         match part {
             InitrdPart::File(path) => {
-                read_file(path, memory, &mut initrd).map_err(error(path))?;
+                files::append(path, memory, &mut initrd).map_err(error(path))?;
             }
             InitrdPart::Bytes(bytes) => initrd.extend_from_slice(bytes),
         }
@@ -37,12 +38,6 @@ pub(super) fn read(parts: &[InitrdPart], memory: u64) -> Result<Vec<u8>, Error> 
         initrd.resize(initrd.len().next_multiple_of(ALIGNMENT), 0);
     }
     Ok(initrd)
-}
-
-/// Appends a file, which may be a pipe and have no size, and no more than can fit.
-fn read_file(path: &Path, memory: u64, initrd: &mut Vec<u8>) -> io::Result<usize> {
-    let limit = (memory + 1).saturating_sub(initrd.len() as u64);
-    File::open(path)?.take(limit).read_to_end(initrd)
 }
 
 fn error(path: &Path) -> impl FnOnce(io::Error) -> Error {

@@ -1,25 +1,16 @@
 //! A kernel file: a bzImage whose payload is unpacked here, or an ELF `vmlinux`.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::Path;
-
 use linux_loader::bootparam::setup_header;
-use object::elf::{
-    EM_386, EM_AARCH64, EM_RISCV, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, FileType, Machine,
-    PT_INTERP, PT_LOAD,
-};
-use object::read::elf::{FileHeader, ProgramHeader};
-use object::{Endianness, LittleEndian};
+use object::Endianness;
+use object::elf::FileHeader64;
 use strata_memory::GuestMemory;
 use vm_memory::ByteValued;
 
+use super::elf::{self, Elf, ElfMachine, Segment};
 use super::unpack;
 use crate::error::{Error, KernelProblem};
 use crate::layout;
 
-/// More than any kernel has, with all its debugging information.
-const FILE_MAX: u64 = 2 << 30;
 /// Where the setup header is in a bzImage.
 const HEADER_OFFSET: usize = 0x1f1;
 /// Bytes that any bzImage has: boot sector and the first setup sector.
@@ -38,9 +29,6 @@ const SECTOR: usize = 512;
 /// `setup_sects` 0 stands for this.
 const DEFAULT_SETUP_SECTORS: usize = 4;
 
-/// What an ELF file is that asks for an interpreter or for the first MiB.
-const USER_PROGRAM: &str = "a program or shared library (ELF)";
-
 /// What is assumed of an ELF file, which has no setup header: that of Linux 2.6.26 and
 /// later.
 const ELF_PROTOCOL: u16 = 0x020f;
@@ -56,33 +44,12 @@ pub(super) struct Kernel {
     segments: Vec<Segment>,
 }
 
-/// A part of the ELF file and where it goes.
-#[derive(Clone, Copy, Debug)]
-struct Segment {
-    address: u64,
-    offset: usize,
-    file_size: usize,
-    memory_size: u64,
-}
-
 impl Kernel {
-    /// Reads and checks the file at `path`.
-    pub(super) fn read(path: &Path) -> Result<Self, Error> {
-        let file = read_file(path).map_err(|source| Error::Read {
-            what: "kernel",
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(file).map_err(|problem| Error::Kernel {
-            path: path.to_owned(),
-            problem,
-        })
-    }
-
-    fn parse(file: Vec<u8>) -> Result<Self, KernelProblem> {
+    /// Unpacks and checks a file.
+    pub(super) fn parse(file: Vec<u8>) -> Result<Self, KernelProblem> {
         let (header, elf) = match setup_header_of(&file)? {
             Some(header) => (header, unpack_payload(&header, &file)?),
-            None if file.starts_with(b"\x7fELF") => (elf_setup_header(), file),
+            None if file.starts_with(elf::MAGIC) => (elf_setup_header(), file),
             None => return Err(KernelProblem::NotAKernel(looks_like(&file))),
         };
         let (entry, segments) = segments(&elf)?;
@@ -116,10 +83,7 @@ impl Kernel {
 
     /// The end of the memory that the kernel takes before it knows of any other.
     pub(super) fn memory_end(&self) -> u64 {
-        let ends = self
-            .segments
-            .iter()
-            .map(|s| s.address.saturating_add(s.memory_size));
+        let ends = self.segments.iter().map(Segment::end);
         let start = self.segments.iter().map(|s| s.address).min().unwrap_or(0);
         let with_heap = start.saturating_add(self.header.init_size.into());
         ends.max().unwrap_or(0).max(with_heap)
@@ -128,18 +92,15 @@ impl Kernel {
     /// Copies the segments to guest memory, which is zero elsewhere.
     pub(super) fn load(&self, memory: &GuestMemory) -> Result<(), Error> {
         for segment in &self.segments {
-            let bytes = &self.elf[segment.offset..segment.offset + segment.file_size];
-            super::write(memory, segment.address, bytes)?;
+            super::write(memory, segment.address, segment.bytes(&self.elf))?;
         }
         Ok(())
     }
 }
 
-/// Reads a file, which may be a pipe, and no more of it than a kernel can have.
-fn read_file(path: &Path) -> io::Result<Vec<u8>> {
-    let mut file = Vec::new();
-    File::open(path)?.take(FILE_MAX).read_to_end(&mut file)?;
-    Ok(file)
+/// Whether `file` is a bzImage, sound or not.
+pub(super) fn is_bzimage(file: &[u8]) -> bool {
+    !matches!(setup_header_of(file), Ok(None))
 }
 
 /// The setup header, if `file` is a bzImage.
@@ -194,7 +155,7 @@ fn unpack_payload(header: &setup_header, file: &[u8]) -> Result<Vec<u8>, KernelP
         return Err(KernelProblem::Truncated { length, expected });
     };
     let elf = unpack::unpack(payload)?;
-    if !elf.starts_with(b"\x7fELF") {
+    if !elf.starts_with(elf::MAGIC) {
         return Err(KernelProblem::Damaged(
             "what it unpacks to is no ELF file".into(),
         ));
@@ -202,89 +163,26 @@ fn unpack_payload(header: &setup_header, file: &[u8]) -> Result<Vec<u8>, KernelP
     Ok(elf)
 }
 
-/// The entry point and loadable segments of an ELF file.
+/// The entry point and loadable segments of an x86-64 ELF file.
 fn segments(elf: &[u8]) -> Result<(u64, Vec<Segment>), KernelProblem> {
     let damaged = |what: &str| KernelProblem::Damaged(what.into());
-    if elf.len() < size_of::<FileHeader64<LittleEndian>>() {
-        let expected = size_of::<FileHeader64<LittleEndian>>() as u64;
-        return Err(KernelProblem::Truncated {
-            length: elf.len() as u64,
-            expected,
-        });
+    match elf::machine(elf)? {
+        ElfMachine::X86_64 => {}
+        ElfMachine::I386 => return Err(KernelProblem::WrongMachine("32-bit x86")),
     }
-    check_machine(elf)?;
-    let header = FileHeader64::<Endianness>::parse(elf)
-        .map_err(|_| damaged("its ELF header is not valid"))?;
-    let endian = Endianness::Little;
-    let table = header.program_headers(endian, elf).map_err(|_| {
-        let expected = header.e_phoff(endian).saturating_add(
-            u64::from(header.e_phentsize(endian)) * u64::from(header.e_phnum(endian)),
-        );
-        KernelProblem::Truncated {
-            length: elf.len() as u64,
-            expected,
+    let Elf { entry, segments } = elf::read::<FileHeader64<Endianness>>(elf)?;
+    for segment in &segments {
+        if segment.address < layout::HIGH_MEMORY {
+            return Err(KernelProblem::NotAKernel(elf::USER_PROGRAM));
         }
-    })?;
-    if table.iter().any(|entry| entry.p_type(endian) == PT_INTERP) {
-        return Err(KernelProblem::NotAKernel(USER_PROGRAM));
-    }
-    let mut segments = Vec::new();
-    for entry in table.iter().filter(|entry| entry.p_type(endian) == PT_LOAD) {
-        let (offset, file_size) = (entry.p_offset(endian), entry.p_filesz(endian));
-        let end = offset.saturating_add(file_size);
-        if end > elf.len() as u64 {
-            return Err(KernelProblem::Truncated {
-                length: elf.len() as u64,
-                expected: end,
-            });
-        }
-        let address = entry.p_paddr(endian);
-        let memory_size = entry.p_memsz(endian).max(file_size);
-        if address < layout::HIGH_MEMORY {
-            return Err(KernelProblem::NotAKernel(USER_PROGRAM));
-        }
-        if address.saturating_add(memory_size) > layout::MMIO_HOLE_START {
+        if segment.end() > layout::MMIO_HOLE_START {
             return Err(damaged("it wants to be at addresses that are not memory"));
         }
-        let (offset, file_size) = (offset as usize, file_size as usize);
-        segments.push(Segment {
-            address,
-            offset,
-            file_size,
-            memory_size,
-        });
     }
-    let entry = header.e_entry(endian);
-    let inside = |s: &Segment| entry >= s.address && entry - s.address < s.memory_size;
-    if !segments.iter().any(inside) {
+    if !segments.iter().any(|segment| segment.contains(entry)) {
         return Err(damaged("its entry point is in none of its segments"));
     }
     Ok((entry, segments))
-}
-
-/// `elf` is at least an ELF header long.
-fn check_machine(elf: &[u8]) -> Result<(), KernelProblem> {
-    // Class at 4, data encoding at 5, type at 16, machine at 18.
-    let class_64 = elf[4] == 2;
-    let little_endian = elf[5] == 1;
-    let kind = FileType(u16::from_le_bytes([elf[16], elf[17]]));
-    let machine = Machine(u16::from_le_bytes([elf[18], elf[19]]));
-    if !little_endian {
-        return Err(KernelProblem::WrongMachine("a big-endian machine"));
-    }
-    match machine {
-        EM_X86_64 if class_64 => {}
-        EM_X86_64 | EM_386 => return Err(KernelProblem::WrongMachine("32-bit x86")),
-        EM_AARCH64 => return Err(KernelProblem::WrongMachine("64-bit ARM")),
-        EM_RISCV => return Err(KernelProblem::WrongMachine("RISC-V")),
-        _ => return Err(KernelProblem::WrongMachine("another kind of CPU")),
-    }
-    match kind {
-        ET_EXEC | ET_DYN => Ok(()),
-        _ => Err(KernelProblem::NotAKernel(
-            "an object file or core dump (ELF)",
-        )),
-    }
 }
 
 /// What a file that is no kernel seems to be, by how it begins.

@@ -1,19 +1,26 @@
-//! Puts Linux into guest memory so that it can be entered by the 64-bit boot protocol
-//! (Linux: Documentation/arch/x86/boot.rst).
+//! Puts a kernel into guest memory so that a vCPU can be started in it: Linux by its 64-bit
+//! boot protocol, or any kernel by the Multiboot specification.
 //!
 //! ```text
-//!   kernel file ─► kernel (bzImage, ELF) ─► unpack ─► ELF segments ─┐
-//!   initrd parts ───────────────────────────────────────────────────┼─► guest memory
-//!   command line, memory map, ACPI ─► params ───────────────────────┘
+//!   kernel file ─┬► kernel (bzImage, ELF) ─► unpack ─► elf ─┐
+//!   initrd parts ┼──────────────────────────────────────────┼─ linux ──────┐
+//!   command line ┤  params: memory map ─────────────────────┘              ├─► guest memory
+//!   modules ─────┼──────────────────────────────────────────┬─ multiboot ──┤
+//!                └► multiboot::header ─► image ─► elf ──────┘              │
+//!   ACPI tables ───────────────────────────────────────────────────────────┘
 //!   entry (GDT, page tables, registers) ◄── where to start
 //! ```
 //!
 //! Called once by the machine before any vCPU runs. What it reads are files of unknown
 //! origin: nothing in them is believed before it is checked.
 
+mod elf;
 mod entry;
+mod files;
 mod initrd;
 mod kernel;
+mod linux;
+mod multiboot;
 mod params;
 #[cfg(test)]
 mod tests;
@@ -26,118 +33,114 @@ use strata_devices::pci::PciLayout;
 use strata_hypervisor::state::Registers;
 use strata_memory::{Bytes, GuestAddress, GuestMemory};
 
-use crate::config::InitrdPart;
-use crate::error::Error;
+use crate::config::{BootModule, InitrdPart};
+use crate::error::{Error, KernelProblem};
 use crate::layout;
-use kernel::Kernel;
+use linux::Linux;
+use multiboot::Multiboot;
+use multiboot::header::{self, Header};
 
 /// Memory that Linux needs beside its image and initial RAM disk, at the very least.
 const WORKING_MEMORY: u64 = 16 << 20;
 const MIB: u64 = 1 << 20;
+/// More than any kernel has, with all its debugging information.
+const KERNEL_FILE_MAX: u64 = 2 << 30;
 
 /// What is booted.
 pub(crate) struct Source<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) initrd: &'a [InitrdPart],
-    pub(crate) command_line: &'a str,
+    pub(crate) modules: &'a [BootModule],
+    pub(crate) command_line: Option<&'a str>,
     pub(crate) cpus: u8,
 }
 
+impl Source<'_> {
+    fn kernel_problem(&self, problem: KernelProblem) -> Error {
+        Error::Kernel {
+            path: self.kernel.to_owned(),
+            problem,
+        }
+    }
+
+    fn read_kernel(&self) -> Result<Vec<u8>, Error> {
+        let mut file = Vec::new();
+        let read = files::append(self.kernel, KERNEL_FILE_MAX, &mut file);
+        read.map_err(|source| Error::Read {
+            what: "kernel",
+            path: self.kernel.to_owned(),
+            source,
+        })?;
+        Ok(file)
+    }
+}
+
 /// Files that were read and checked, before there is memory to put them in.
-pub(crate) struct Loaded {
-    kernel: Kernel,
-    initrd: Vec<u8>,
-    command_line: Vec<u8>,
-    cpus: u8,
+pub(crate) enum Loaded {
+    Linux(Box<Linux>),
+    Multiboot(Multiboot),
 }
 
 impl Loaded {
     /// Reads and checks everything for a machine with `memory` bytes.
     pub(crate) fn read(source: &Source, memory: u64) -> Result<Self, Error> {
-        let kernel = Kernel::read(source.kernel)?;
-        let initrd = initrd::read(source.initrd, memory)?;
-        let command_line = source.command_line.as_bytes().to_vec();
-        if command_line.contains(&0) {
+        if source.command_line.is_some_and(|line| line.contains('\0')) {
             return Err(Error::CommandLineNul);
         }
-        let limit = kernel.command_line_limit();
-        if command_line.len() > limit {
-            return Err(Error::CommandLineTooLong {
-                length: command_line.len(),
-                limit,
-            });
-        }
-        let loaded = Self {
-            kernel,
-            initrd,
-            command_line,
-            cpus: source.cpus,
+        let file = source.read_kernel()?;
+        let header = if kernel::is_bzimage(&file) {
+            None
+        } else {
+            header::find(&file)
         };
-        loaded.check_size(memory)?;
-        Ok(loaded)
+        match header {
+            Some(Ok(header)) => Self::multiboot(file, &header, source, memory),
+            Some(Err(broken)) => {
+                // The header's magic number may be there by accident.
+                let linux = Self::linux(file, source, memory);
+                linux.map_err(|error| match error {
+                    Error::Kernel { .. } => source.kernel_problem(broken),
+                    error => error,
+                })
+            }
+            None => Self::linux(file, source, memory),
+        }
     }
 
-    /// Whether kernel and RAM disk fit into `memory` bytes.
-    fn check_size(&self, memory: u64) -> Result<(), Error> {
-        let kernel_end = self.kernel.memory_end();
-        let initrd = (self.initrd.len() as u64).next_multiple_of(strata_memory::PAGE_SIZE);
-        let minimum = (kernel_end + WORKING_MEMORY + initrd).next_multiple_of(MIB);
-        let room = self.initrd_limit(memory).saturating_sub(kernel_end);
-        if memory >= minimum && initrd <= room {
-            return Ok(());
-        }
-        if memory >= kernel_end + WORKING_MEMORY && initrd > room {
-            return Err(Error::InitrdTooLarge { size: initrd, room });
-        }
-        Err(Error::TooLittleMemory {
-            size: memory,
-            minimum,
-        })
+    fn linux(file: Vec<u8>, source: &Source, memory: u64) -> Result<Self, Error> {
+        Ok(Self::Linux(Box::new(Linux::read(file, source, memory)?)))
     }
 
-    /// The address that the RAM disk must end at or below.
-    fn initrd_limit(&self, memory: u64) -> u64 {
-        let addressable = u64::from(self.kernel.initrd_address_max()) + 1;
-        memory.min(layout::MMIO_HOLE_START).min(addressable)
+    fn multiboot(
+        file: Vec<u8>,
+        header: &Header,
+        source: &Source,
+        memory: u64,
+    ) -> Result<Self, Error> {
+        let loaded = Multiboot::read(file, header, source, memory)?;
+        Ok(Self::Multiboot(loaded))
     }
 
     /// Writes everything to guest memory and returns the registers to enter the kernel
     /// with.
     pub(crate) fn install(&self, memory: &GuestMemory) -> Result<Registers, Error> {
-        self.kernel.load(memory)?;
-        let size = self.initrd.len() as u64;
-        let initrd = self.initrd_limit(memory.size()).saturating_sub(size) & !0xfff;
-        let tables = acpi::tables(&self.platform(memory.size()), layout::ACPI_TABLES.start);
-        let params = params::BootParams {
-            header: self.kernel.header(),
-            initrd: (!self.initrd.is_empty()).then_some((initrd, size)),
-            command_line: layout::COMMAND_LINE,
-            acpi: layout::ACPI_TABLES.start,
-            memory_map: params::memory_map(&memory.ranges()),
-        };
-        let mut command_line = self.command_line.clone();
-        command_line.push(0);
-        let pieces: [(u64, &[u8]); 4] = [
-            (layout::ACPI_TABLES.start, &tables),
-            (layout::COMMAND_LINE, &command_line),
-            (layout::ZERO_PAGE, &params.bytes()),
-            (initrd, &self.initrd),
-        ];
-        for (address, bytes) in pieces {
-            write(memory, address, bytes)?;
+        match self {
+            Self::Linux(linux) => linux.install(memory),
+            Self::Multiboot(multiboot) => multiboot.install(memory),
         }
-        entry::prepare(memory, self.kernel.entry())
     }
+}
 
-    fn platform(&self, memory: u64) -> Platform {
-        Platform {
-            cpus: self.cpus,
-            pci_ecam: layout::PCI_ECAM,
-            pci_ecam_size: PciLayout::ECAM_SIZE,
-            pci_window: layout::PCI_WINDOW,
-            pci_window_64: layout::pci_window_64(memory),
-        }
-    }
+/// The ACPI tables of a machine with `memory` bytes, to be at [`layout::ACPI_TABLES`].
+fn acpi_tables(cpus: u8, memory: u64) -> Vec<u8> {
+    let platform = Platform {
+        cpus,
+        pci_ecam: layout::PCI_ECAM,
+        pci_ecam_size: PciLayout::ECAM_SIZE,
+        pci_window: layout::PCI_WINDOW,
+        pci_window_64: layout::pci_window_64(memory),
+    };
+    acpi::tables(&platform, layout::ACPI_TABLES.start)
 }
 
 /// Writes to guest memory, which was checked to be large enough.

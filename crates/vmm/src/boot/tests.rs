@@ -21,7 +21,8 @@ fn read(kernel: &[u8], initrd: &[InitrdPart], memory: u64) -> Result<Loaded, Err
     let source = Source {
         kernel: kernel.path(),
         initrd,
-        command_line: "console=ttyS0 quiet",
+        modules: &[],
+        command_line: Some("console=ttyS0 quiet"),
         cpus: 1,
     };
     Loaded::read(&source, memory)
@@ -248,7 +249,8 @@ fn missing_files_are_named() {
     let source = Source {
         kernel: missing,
         initrd: &[],
-        command_line: "",
+        modules: &[],
+        command_line: Some(""),
         cpus: 1,
     };
     let error = Loaded::read(&source, MEMORY).err().unwrap();
@@ -325,7 +327,8 @@ fn an_ordinary_program_is_not_taken_for_a_kernel() {
     let source = Source {
         kernel: &own,
         initrd: &[],
-        command_line: "",
+        modules: &[],
+        command_line: Some(""),
         cpus: 1,
     };
 
@@ -376,7 +379,8 @@ fn a_command_line_that_the_kernel_would_cut_off_is_refused() {
         let source = Source {
             kernel: kernel.path(),
             initrd: &[],
-            command_line: line,
+            modules: &[],
+            command_line: Some(line),
             cpus: 1,
         };
         Loaded::read(&source, MEMORY).err()

@@ -31,6 +31,7 @@ pub struct Opened {
     pub(super) disks: Vec<Disk>,
     pub(super) console: SerialConsole,
     pub(super) ports: Vec<ConsolePort>,
+    pub(super) debug_exit: Option<u16>,
 }
 
 impl std::fmt::Debug for Opened {
@@ -53,6 +54,7 @@ impl Opened {
             disks,
             console,
             ports,
+            debug_exit,
         } = self;
         let cpus = u8::try_from(vcpus.len()).unwrap_or(u8::MAX);
         let interrupts = Interrupts::new(cpus, &clock);
@@ -81,7 +83,8 @@ impl Opened {
             interrupts: interrupts.clone(),
             serial: Arc::clone(&serial),
             pci: devices.pci(),
-        });
+            debug_exit,
+        })?;
         let shared = Shared {
             memory,
             buses,

@@ -60,7 +60,9 @@ fn config(console: SerialConsole) -> (MachineConfig, NamedTempFile) {
         accel: Accel::Soft,
         kernel: kernel.path().into(),
         initrd: Vec::new(),
-        command_line: "console=ttyS0".into(),
+        modules: Vec::new(),
+        command_line: None,
+        debug_exit: Some(0xf4),
         disks: Vec::new(),
         console,
         ports: Vec::new(),
@@ -147,6 +149,37 @@ fn both_ways_of_resetting_end_in_a_reset() {
 
     assert_eq!(run(by_register), Outcome::Reset);
     assert_eq!(run(by_keyboard), Outcome::Reset);
+}
+
+#[test]
+fn a_write_to_the_debug_exit_port_ends_the_machine_with_its_value() {
+    let byte: Guest = |stop, bus| {
+        bus.port_write(0xf4, 1, 0x1234_5678);
+        idle(stop)
+    };
+    let word: Guest = |stop, bus| {
+        if bus.port_read(0xf7, 1) as u8 == 0 {
+            bus.port_write(0xf6, 4, 0x1234_5678);
+        }
+        idle(stop)
+    };
+
+    assert_eq!(run(byte), Outcome::DebugExit(0x78));
+    assert_eq!(run(word), Outcome::DebugExit(0x1234_5678));
+}
+
+#[test]
+fn a_debug_exit_port_on_another_device_is_refused() {
+    for port in [0x3f5, COM1, 0x3ff, 0x70, 0xcf9, 0x604] {
+        let (mut config, _kernel) = config(SerialConsole {
+            output: Box::new(io::sink()),
+            input: None,
+        });
+        config.debug_exit = Some(port);
+
+        let error = Machine::open(config).and_then(Opened::build).err();
+        assert!(matches!(error, Some(Error::DebugExitTaken(taken)) if taken == port));
+    }
 }
 
 #[test]
