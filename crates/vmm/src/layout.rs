@@ -6,6 +6,8 @@ use strata_devices::pci::PciLayout;
 
 pub(crate) use strata_memory::{MMIO_HOLE_END, MMIO_HOLE_START};
 
+/// The BIOS data area.
+pub(crate) const BIOS_DATA: u64 = 0x400;
 /// The boot GDT: four descriptors.
 pub(crate) const BOOT_GDT: u64 = 0x500;
 /// `boot_params`, the zero page.

@@ -64,7 +64,10 @@ impl Kernel {
     }
 
     fn command(&self, options: &[&str]) -> Command {
-        let mut command = run(&["--memory", "64M", "--debug-exit", "0xf4"]);
+        let mut command = run(&["--debug-exit", "0xf4"]);
+        if !options.contains(&"--memory") {
+            command.args(["--memory", "64M"]);
+        }
         command.arg("--kernel").arg(&self.path).args(options);
         command
     }

@@ -19,6 +19,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use linux_loader::bootparam::boot_e820_entry;
+use strata_devices::serial::COM1_PORT;
 use strata_hypervisor::state::Registers;
 use strata_memory::{GuestMemory, PAGE_SIZE};
 
@@ -102,7 +103,10 @@ impl Multiboot {
         self.image.occupy(&mut room);
         let high = self.image.end().max(layout::HIGH_MEMORY)..layout::MMIO_HOLE_START;
         let acpi = super::acpi_tables(self.cpus, memory);
-        let mut pieces = vec![(layout::ACPI_TABLES.start, Cow::from(acpi))];
+        let mut pieces = vec![
+            (layout::ACPI_TABLES.start, Cow::from(acpi)),
+            (layout::BIOS_DATA, bios_data().into()),
+        ];
 
         let mut modules = Vec::new();
         for Module { content, name } in &self.modules {
@@ -148,6 +152,23 @@ impl Multiboot {
             [sections.count, sections.entry_size, sections.names].map(u32::from);
         Some(([count, entry_size, place as u32, names], bytes))
     }
+}
+
+/// What kernels look up in the BIOS data area though there is no BIOS: some place code for
+/// further processors just below the end of low memory, and take it from there.
+fn bios_data() -> Vec<u8> {
+    const COM1: usize = 0;
+    const EXTENDED_AREA_SEGMENT: usize = 0xe;
+    const MEMORY_KIB: usize = 0x13;
+    let mut area = vec![0; MEMORY_KIB + 2];
+    for (at, value) in [
+        (COM1, COM1_PORT),
+        (EXTENDED_AREA_SEGMENT, (layout::LOW_MEMORY_END >> 4) as u16),
+        (MEMORY_KIB, (layout::LOW_MEMORY_END / KIB) as u16),
+    ] {
+        area[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    }
+    area
 }
 
 /// The initial RAM disk's parts, each a module, and the modules proper.

@@ -360,6 +360,15 @@ fn the_memory_map_has_all_ram_and_reserves_the_acpi_tables() {
 }
 
 #[test]
+fn the_bios_data_area_tells_where_low_memory_ends() {
+    let booted = boot(&plain(), &[]);
+
+    assert_eq!(booted.bytes(0x400, 2), 0x3f8_u16.to_le_bytes());
+    assert_eq!(booted.bytes(0x40e, 2), 0x9fc0_u16.to_le_bytes());
+    assert_eq!(booted.bytes(0x413, 2), 639_u16.to_le_bytes());
+}
+
+#[test]
 fn the_information_evades_a_kernel_in_low_memory() {
     for (low, high) in [(0x1_0000, 0x2000), (0x1000, 0x9_e000)] {
         let kernel = elf(3, low + 12, &[(low, low, high)]);
