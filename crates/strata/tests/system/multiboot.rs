@@ -154,6 +154,15 @@ fn exceptions_and_interrupts_reach_a_32_bit_kernel() {
 }
 
 #[test]
+fn a_kernel_starts_the_other_processors_by_itself() {
+    let kernel = Kernel::build("processors", &["-m32"]);
+
+    let ended = kernel.run(&["--cpus", "4"]).expect(1);
+
+    assert_eq!(ended.text(), "processors 4\ncounted 9c40\n");
+}
+
+#[test]
 fn a_kernels_end_has_its_documented_status() {
     let kernel = Kernel::build("ending", &["-m32"]);
     for (way, status) in [
