@@ -1,4 +1,5 @@
-//! Files to boot from, which may be pipes or devices and have no size.
+//! Files to boot from, which may be pipes or devices and have no size. Read by the loaders;
+//! never to an end that a limit does not set.
 
 use std::fs::File;
 use std::io::{self, Read};
