@@ -205,7 +205,7 @@ impl Core {
     ) -> Result<Target, Exception> {
         let rights = self.rights(privilege);
         let page = linear & !(PAGE_SIZE - 1);
-        let index = tlb_index(linear, rights);
+        let index = tlb_index(linear);
         let entry = self.space().tlb[tlb_number(rights, kind == Kind::Write)][index];
         if kind != Kind::Fetch && entry.tag == page {
             return Ok(Target::Ram((entry.host() + (linear - page)) as *mut u8));
@@ -237,7 +237,7 @@ impl Core {
     /// Enters a page into the TLB that missed, and into its sibling if the line is free.
     fn fill(&mut self, linear: u64, host: *mut u8, rights: Rights, kind: Kind, mapping: &Mapping) {
         let page = linear & !(PAGE_SIZE - 1);
-        let index = tlb_index(linear, rights);
+        let index = tlb_index(linear);
         let code = self.memory.code();
         let writable = mapping.writable && code.claim_stores(self.seat.index(), mapping.physical);
         let space = self.space();
@@ -482,7 +482,7 @@ impl Core {
         privilege: Privilege,
     ) -> Result<(), Exception> {
         let rights = self.rights(privilege);
-        let entry = self.space().tlb[tlb_number(rights, true)][tlb_index(linear, rights)];
+        let entry = self.space().tlb[tlb_number(rights, true)][tlb_index(linear)];
         if entry.tag != linear & !(PAGE_SIZE - 1) {
             let physical = self.walk(linear, Kind::Write, rights)?.physical;
             self.note_store(physical, length);

@@ -144,17 +144,12 @@ pub(crate) fn jump_index(pc: u64) -> usize {
     (pc.wrapping_mul(JUMP_HASH.into()) >> JUMP_SHIFT) as usize & (JUMP_ENTRIES - 1)
 }
 
-/// The index of a linear address in a TLB. The supervisor's is folded: its few hot pages
-/// (stacks, per-CPU data, kernel data) lie in places whose low address bits often agree.
-/// Ring 3 does without, where the two instructions more would be felt.
-pub(super) fn tlb_index(linear: u64, rights: Rights) -> usize {
+/// The index of a linear address in a TLB. It is folded: hot pages of the kernel (stacks,
+/// per-CPU data) and arrays that a program walks through side by side often lie at distances
+/// whose low bits are 0.
+pub(super) fn tlb_index(linear: u64) -> usize {
     let page = linear / PAGE_SIZE;
-    let folded = if rights.is_user() {
-        page
-    } else {
-        page ^ page >> 12
-    };
-    folded as usize % TLB_ENTRIES
+    (page ^ page >> TLB_ENTRIES.trailing_zeros()) as usize % TLB_ENTRIES
 }
 
 fn invalid_jump(index: usize) -> JumpEntry {
@@ -259,8 +254,8 @@ impl AddressSpace {
                     .iter()
                     .any(|set| !set.is_empty() && set.contains(key))
             });
-        for (number, table) in self.tlb.iter_mut().enumerate() {
-            let index = tlb_index(linear, Rights::ALL[number / 2]);
+        let index = tlb_index(linear);
+        for table in &mut self.tlb {
             if table[index].tag == page {
                 table[index].tag = invalid_tag(index);
             }
@@ -331,5 +326,21 @@ impl AddressSpace {
         // a line that was global may now be local: it is then on both lists
         self.jumps_filled[table].note(index, global);
         self.jumps[table][index] = entry;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrays_that_lie_a_power_of_two_apart_share_no_line() {
+        let size = TLB_ENTRIES as u64 * PAGE_SIZE;
+        for distance in [size, 2 * size, 4 * size, 64 * size] {
+            for page in 0..8 {
+                let first = 0x7f00_0000_0000 + page * PAGE_SIZE;
+                assert_ne!(tlb_index(first), tlb_index(first + distance));
+            }
+        }
     }
 }

@@ -237,7 +237,7 @@ impl Lower<'_> {
                 branch
             }
             Through::Tlb(tag) => {
-                line_of(&mut self.asm, T0, self.rights);
+                line_of(&mut self.asm, T0);
                 self.asm.alu_mem(Alu::Sub, T0, T1, tag);
                 self.asm.alu_imm(Alu::Cmp, T0, limit);
                 let branch = self.asm.jcc_forward(cc::A);

@@ -147,7 +147,7 @@ fn thunk(a: &mut Asm, rights: Rights, job: &Repeat, opcode: &[u8]) {
 /// lies within its page. Returns the jumps for when not. Clobbers RAX and T1.
 fn probe(a: &mut Asm, rights: Rights, store: bool, job: &Repeat) -> [usize; 2] {
     let tag = tag_offset(rights, store);
-    line_of(a, T0, rights);
+    line_of(a, T0);
     a.mov(RAX, T0);
     a.alu_mem(Alu::Sub, RAX, T1, tag);
     a.alu_imm(Alu::Cmp, RAX, 4095);

@@ -301,16 +301,12 @@ fn unchained(a: &mut Asm, rights: Rights, lookup: u64) -> u64 {
 
 /// The address of the TLB line for the linear address in `address` into T1, less the tags'
 /// offset.
-pub(crate) fn line_of(a: &mut Asm, address: Reg, rights: Rights) {
+pub(crate) fn line_of(a: &mut Asm, address: Reg) {
     let shift = size_of::<TlbEntry>().trailing_zeros() as u8;
     a.mov(T1, address);
-    if rights == Rights::User {
-        a.shift(5, T1, 12 - shift);
-    } else {
-        a.shift(5, T1, 12);
-        a.alu(Alu::Xor, T1, address);
-        a.shift(5, T1, 12 - shift);
-    }
+    a.shift(5, T1, 12);
+    a.alu(Alu::Xor, T1, address);
+    a.shift(5, T1, 12 - shift);
     a.and32(T1, ((TLB_ENTRIES - 1) * size_of::<TlbEntry>()) as u32);
     a.alu_gs(Alu::Add, T1, state_offset!(space));
 }
@@ -323,7 +319,7 @@ fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
     let tag = tag_offset(rights, store);
     a.push(RAX);
     a.push(RCX);
-    line_of(a, T0, rights);
+    line_of(a, T0);
     // the distance from the page that the line is of
     a.mov(RAX, T0);
     a.alu_mem(Alu::Sub, RAX, T1, tag);
@@ -349,7 +345,7 @@ fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
     a.load(RAX, T1, tag);
     a.load(RCX, T1, tag + DELTA);
     a.alu_imm(Alu::Add, RAX, 4096);
-    line_of(a, RAX, rights);
+    line_of(a, RAX);
     a.alu_mem(Alu::Cmp, RAX, T1, tag);
     let absent = a.jcc_forward(cc::NE);
     a.alu_mem(Alu::Cmp, RCX, T1, tag + DELTA);
