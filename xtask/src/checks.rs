@@ -2,6 +2,7 @@
 //! themselves are tests of the crates.
 
 use std::env;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -80,6 +81,19 @@ pub(crate) fn long() -> Result<(), Error> {
         ])
         .args(["--", "boots_in_a_row", "--nocapture"]);
     process::succeed("boots in a row", &mut boots)
+}
+
+/// Builds the program as users do, and gives its path.
+pub(crate) fn build_strata() -> Result<PathBuf, Error> {
+    let mut build = cargo();
+    build.args(["build", "--release", "--package", "strata"]);
+    process::succeed("cargo build", &mut build)?;
+    Ok(target().join("release/strata"))
+}
+
+/// Where cargo builds to.
+pub(crate) fn target() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
 /// The cargo that runs us, in the workspace.

@@ -4,8 +4,10 @@
 
 mod bench;
 mod checks;
+mod debian;
 mod packages;
 mod process;
+mod progress;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,6 +53,9 @@ enum Command {
         #[arg(long, requires = "seed")]
         scene: Option<u64>,
     },
+    /// Boot Debian with systemd to its login shell and run its own programs and tests; as root,
+    /// installs what that needs
+    Debian(debian::Args),
     /// Run the long checks: a million differential cases, ten minutes of hostile guests, and fifty
     /// boots in a row with one, two and four vCPUs each
     Long,
@@ -117,6 +122,7 @@ fn main() -> ExitCode {
             seed,
             scene,
         } => checks::fuzz(minutes, seed, scene),
+        Command::Debian(args) => debian::run(&args),
         Command::Long => checks::long(),
     };
     match done {

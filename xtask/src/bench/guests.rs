@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Side;
 use super::parts::{DONE, Parts, ROWS, SCRIPT, STARTED};
 use crate::process::{self, Limits, Measured};
-use crate::{Error, checks, root};
+use crate::{Error, checks};
 
 /// Guest memory on both sides.
 const MEMORY: &str = "512M";
@@ -42,13 +42,8 @@ impl Strata {
 
     /// Builds the program.
     pub(crate) fn build() -> Result<Self, Error> {
-        let mut build = checks::cargo();
-        build.args(["build", "--release", "--package", "strata"]);
-        process::succeed("cargo build", &mut build)?;
-        let target = std::env::var_os("CARGO_TARGET_DIR")
-            .map_or_else(|| root().join("target"), |directory| root().join(directory));
         Ok(Self {
-            program: target.join("release/strata"),
+            program: checks::build_strata()?,
         })
     }
 }

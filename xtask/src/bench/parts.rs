@@ -6,10 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use strata_image::{Archive, Cache, Progress};
+use strata_image::{Archive, Cache};
 use tempfile::TempDir;
 
 use super::guests::LIMITS;
+use crate::progress::Lines;
 use crate::{Error, packages, process, root};
 
 /// What the guest's script prints when user space has begun.
@@ -92,15 +93,4 @@ fn segment(program: &[u8]) -> Vec<u8> {
     archive.file(SCRIPT, 0o755, script.as_bytes());
     archive.file("bench/guest-bench", 0o755, program);
     archive.finish()
-}
-
-/// Tells each step of a build on a line of its own.
-struct Lines;
-
-impl Progress for Lines {
-    fn step(&mut self, what: &str, _total: Option<u64>) {
-        eprintln!("{what}");
-    }
-
-    fn advance(&mut self, _position: u64) {}
 }
