@@ -59,6 +59,7 @@ struct Exit {
     /// Offset of the displacement of the stub's jump.
     out: u32,
     chained: bool,
+    calls: bool,
 }
 
 /// log2 of the bytes of a stretch of the cache.
@@ -105,6 +106,7 @@ impl Blocks {
             stub: start + e.stub,
             out: start + e.out,
             chained: false,
+            calls: e.calls,
         }));
         self.systems.extend(lowered.systems);
         let block = Block {
@@ -178,8 +180,8 @@ impl Blocks {
             }
             return;
         }
-        // every loop has an edge that does not lead upwards, and that one looks
-        let upwards = to.key.rip > from;
+        // every loop has an edge that does not lead upwards, or is a recursion
+        let upwards = to.key.rip > from && !exit.calls;
         let entry = to.entry + if upwards { ATTENTION_CHECK as u32 } else { 0 };
         to.incoming.push(number);
         exit.chained = true;

@@ -28,6 +28,7 @@ use crate::crew::Crew;
 use crate::exception::{Exception, vector};
 use crate::hash::BuildFast;
 use crate::mmu::{Core, Privilege, Target};
+use crate::returns::ReturnStacks;
 use crate::signal::{self, Window};
 use crate::startup::Startup;
 use crate::state::{State, cr4, gpr, rflags};
@@ -77,6 +78,7 @@ pub struct Cpu {
     cache: CodeCache,
     thunks: Thunks,
     thunks_end: usize,
+    returns: ReturnStacks,
     tools: Tools,
     /// Set while translated code runs, for the slow paths.
     bus: Option<&'static dyn Bus>,
@@ -112,7 +114,8 @@ impl Cpu {
     /// guest is told that the TSC runs at `tsc_khz`.
     pub fn new(crew: &Arc<Crew>, index: u32, tsc_khz: u32) -> Result<Self, Error> {
         let mask = host_extended_state()?;
-        let core = Core::new(crew, index, tsc_khz);
+        let mut core = Core::new(crew, index, tsc_khz);
+        let mut returns = ReturnStacks::new().map_err(Error::ReturnStacks)?;
         let mut cache = CodeCache::new(CACHE_SIZE).map_err(Error::CodeCache)?;
         let mut asm = Asm::new(cache.base());
         let callbacks = Callbacks {
@@ -122,12 +125,17 @@ impl Cpu {
         let thunks = thunks::emit(&mut asm, mask, &callbacks);
         cache.append(&asm.bytes);
         let thunks_end = cache.used();
+        for (number, code) in thunks.bottom.into_iter().enumerate() {
+            returns.set_bottom(number, code);
+            core.state.return_bases[number] = returns.base(number);
+        }
         Ok(Self {
             core,
             blocks: Blocks::default(),
             cache,
             thunks,
             thunks_end,
+            returns,
             tools: Tools {
                 encoder: iced_x86::Encoder::new(64),
                 info: iced_x86::InstructionInfoFactory::new(),
@@ -215,6 +223,7 @@ impl Cpu {
             end: self.cache.end(),
             thunk: self.thunks.host_fault,
             state: &raw mut *self.core.state,
+            returns: self.returns.range(),
         }));
         self.core.resume();
     }

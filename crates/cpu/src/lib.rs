@@ -19,6 +19,7 @@ mod engine;
 mod exception;
 mod hash;
 mod mmu;
+mod returns;
 mod segmentation;
 mod signal;
 mod startup;
@@ -40,6 +41,9 @@ pub enum Error {
     /// Memory for the code cache could not be had.
     #[error("cannot map the code cache")]
     CodeCache(#[source] std::io::Error),
+    /// No memory for the return stacks.
+    #[error("cannot map the return stacks: {0}")]
+    ReturnStacks(#[source] std::io::Error),
     /// The state asked for is one that this CPU does not run.
     #[error("{0}")]
     State(&'static str),

@@ -2,11 +2,13 @@
 //! floating-point exceptions. The handler only redirects the thread to a thunk; what the
 //! fault means for the guest is settled in `engine`.
 //!
-//! Faults anywhere else go to whoever handled the signal before.
+//! A return stack that is full is a fault too, which only has room made. Faults anywhere else go to
+//! whoever handled the signal before.
 
 use std::cell::Cell;
 use std::sync::Once;
 
+use crate::returns;
 use crate::state::State;
 
 /// Where this thread's translated code is.
@@ -16,10 +18,13 @@ pub(crate) struct Window {
     pub(crate) end: u64,
     pub(crate) thunk: u64,
     pub(crate) state: *mut State,
+    pub(crate) returns: returns::Range,
 }
 
 thread_local! {
     static WINDOW: Cell<Option<Window>> = const { Cell::new(None) };
+    /// The thread's signal mask outside of windows.
+    static MASK: Cell<Option<libc::sigset_t>> = const { Cell::new(None) };
 }
 
 const SIGNALS: [libc::c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
@@ -32,10 +37,34 @@ unsafe impl Sync for Previous {}
 static PREVIOUS: Previous = Previous(std::cell::UnsafeCell::new([None; 4]));
 static INSTALL: Once = Once::new();
 
-/// Declares which code this thread runs from now on; `None` ends it.
+/// Declares which code this thread runs from now on; `None` ends it. In between the thread gets
+/// no signals but those of its own faults: other handlers may need more stack than translated
+/// code has.
 pub(crate) fn set_window(window: Option<Window>) {
     INSTALL.call_once(install);
+    if let Some(mask) = MASK.take() {
+        // SAFETY: a mask that `pthread_sigmask` returned.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) };
+    }
     WINDOW.set(window);
+    if window.is_some() {
+        MASK.set(Some(block_others()));
+    }
+}
+
+/// Blocks all signals but those handled here. Returns the mask from before.
+fn block_others() -> libc::sigset_t {
+    // SAFETY: both sets are this function's own; a zeroed one may be passed to `sigfillset`.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        let mut old: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut set);
+        for signal in SIGNALS {
+            libc::sigdelset(&raw mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, &raw mut old);
+        old
+    }
 }
 
 fn install() {
@@ -61,6 +90,15 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     if let Some(window) = WINDOW.get()
         && (window.start..window.end).contains(&rip)
     {
+        let address = registers[libc::REG_CR2 as usize] as u64;
+        let rsp = registers[libc::REG_RSP as usize] as u64;
+        if signal == libc::SIGSEGV {
+            // SAFETY: the return stacks are mapped while the window is set, and this thread's.
+            if let Some(rsp) = unsafe { window.returns.make_room(address, rsp) } {
+                registers[libc::REG_RSP as usize] = rsp as i64;
+                return;
+            }
+        }
         // SAFETY: the window's state is alive while it is set, and this thread is in
         // translated code, so no Rust reference to it is in use.
         let fault = unsafe { &mut (*window.state).host_fault };

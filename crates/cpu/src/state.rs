@@ -291,6 +291,10 @@ pub struct State {
     pub(crate) interrupts_held: u64,
     /// The host stack pointer to leave translated code with.
     pub(crate) host_rsp: u64,
+    /// RSP while a return stack is empty, by its number.
+    pub(crate) return_bases: [u64; 2],
+    /// Where ring 3's return stack ends while the supervisor runs.
+    pub(crate) user_returns: u64,
     /// Temporaries of one translated instruction.
     pub(crate) temp: [u64; 4],
     /// What IRET popped: RIP, CS, RFLAGS, RSP, SS.
@@ -393,6 +397,8 @@ impl State {
             fpu_loaded: 0,
             interrupts_held: 0,
             host_rsp: 0,
+            return_bases: [0; 2],
+            user_returns: 0,
             temp: [0; 4],
             frame: [0; 5],
             saved_status: 0,

@@ -38,6 +38,8 @@ mod tests_deliver;
 #[cfg(test)]
 mod tests_extended;
 #[cfg(test)]
+mod tests_returns;
+#[cfg(test)]
 mod tests_segment;
 #[cfg(test)]
 mod tests_string;

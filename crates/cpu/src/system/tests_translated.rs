@@ -51,7 +51,7 @@ impl Random {
     }
 }
 
-fn copy(from: &State, to: &mut State) {
+pub(super) fn copy(from: &State, to: &mut State) {
     to.gpr = from.gpr;
     to.rip = from.rip;
     to.set_rflags(from.rflags());

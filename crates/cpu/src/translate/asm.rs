@@ -458,6 +458,24 @@ impl Asm {
         self.len() - 4
     }
 
+    /// `call` to be aimed later.
+    pub(crate) fn call_forward(&mut self) -> usize {
+        self.raw(&[0xe8, 0, 0, 0, 0]);
+        self.len() - 4
+    }
+
+    /// `ret`
+    pub(crate) fn ret(&mut self) {
+        self.raw(&[0xc3]);
+    }
+
+    /// `cmp reg, [rip + ...]`, 64 bits; returns where the displacement is.
+    pub(crate) fn cmp_constant(&mut self, reg: Reg) -> usize {
+        self.rex_w(reg, Reg(0));
+        self.raw(&[0x3b, (reg.0 & 7) << 3 | 5, 0, 0, 0, 0]);
+        self.len() - 4
+    }
+
     /// Aims a forward jump at the next byte.
     pub(crate) fn aim(&mut self, at: usize) {
         let distance = (self.len() - at - 4) as i32;

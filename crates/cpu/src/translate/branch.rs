@@ -7,6 +7,7 @@ use super::asm::{Alu, Asm, RCX, T0, T1, cc};
 use super::lower::{Flags, Lower, PendingExit, condition_number};
 use super::transfer::{jump_through_cache, jumps_offset};
 use crate::mmu::{JumpEntry, Rights, apart_table, jump_index};
+use crate::returns::stack_number;
 use crate::state::state_offset;
 
 impl Lower<'_> {
@@ -17,6 +18,8 @@ impl Lower<'_> {
             target,
             flags_in_host: false,
             rights: self.rights,
+            calls: false,
+            constant: None,
         });
     }
 
@@ -31,6 +34,8 @@ impl Lower<'_> {
             target: instruction.near_branch_target(),
             flags_in_host: self.flags == Flags::Host,
             rights: self.rights,
+            calls: false,
+            constant: None,
         });
     }
 
@@ -52,11 +57,11 @@ impl Lower<'_> {
             self.fall_through(instruction.near_branch_target());
         } else if instruction.is_call_near() {
             self.push_return(instruction);
-            self.fall_through(instruction.near_branch_target());
+            self.call(instruction);
         } else if mnemonic == Mnemonic::Ret {
             self.pop_return(instruction);
             self.release_host_flags();
-            self.jump_to_t0(instruction);
+            self.return_to_t0(instruction);
         } else {
             self.indirect_branch(instruction);
         }
@@ -81,6 +86,9 @@ impl Lower<'_> {
             let bad = self.asm.jcc_forward(cc::A);
             self.departures.push((bad, *instruction));
             self.push_return(instruction);
+            self.asm.load_gs(T0, target);
+            self.indirect_call(instruction);
+            return;
         }
         self.asm.load_gs(T0, target);
         self.jump_to_t0(instruction);
@@ -125,6 +133,67 @@ impl Lower<'_> {
         let jump = self.asm.jcc_forward(if equal { cc::E } else { cc::NE });
         self.leave_at(jump, taken);
         self.fall_through(next);
+    }
+
+    /// Whether CALL and RET are so on the host too. Both have the same rights then: those
+    /// between STAC and CLAC leave the return stack alone.
+    fn pairs_returns(&self) -> bool {
+        !self.mode.single && self.mode.legacy.is_none() && self.rights != Rights::Open
+    }
+
+    /// Goes on where a direct CALL leads to, and behind it when that has returned.
+    fn call(&mut self, instruction: &Instruction) {
+        let target = instruction.near_branch_target();
+        if !self.pairs_returns() {
+            return self.fall_through(target);
+        }
+        self.flags_into_ax();
+        let jump = self.asm.call_forward();
+        self.pending.push(PendingExit {
+            jump,
+            target,
+            flags_in_host: false,
+            rights: self.rights,
+            calls: true,
+            constant: None,
+        });
+        self.come_back(instruction.next_ip());
+    }
+
+    /// As `call`, to the guest address in T0.
+    fn indirect_call(&mut self, instruction: &Instruction) {
+        if !self.pairs_returns() {
+            return self.jump_to_t0(instruction);
+        }
+        let call = self.asm.call_forward();
+        self.calls.push((call, *instruction));
+        self.come_back(instruction.next_ip());
+    }
+
+    /// Where a return leads: to `next` if T0 is that, and elsewhere otherwise.
+    fn come_back(&mut self, next: u64) {
+        let mut constant = None;
+        if let Ok(short) = i32::try_from(next as i64) {
+            self.asm.alu_imm(Alu::Cmp, T0, short);
+        } else {
+            constant = Some(self.asm.cmp_constant(T0));
+        }
+        let elsewhere = self.thunks.returned[stack_number(self.rights)];
+        self.asm.jcc(cc::NE, elsewhere);
+        self.fall_through(next);
+        if let Some(exit) = self.pending.last_mut() {
+            exit.constant = constant;
+        }
+    }
+
+    /// A return to the guest address in T0.
+    fn return_to_t0(&mut self, instruction: &Instruction) {
+        if !self.pairs_returns() {
+            return self.jump_to_t0(instruction);
+        }
+        // for the case that it is not canonical
+        self.asm.mov_imm(T1, instruction.ip());
+        self.asm.ret();
     }
 
     /// Goes to the guest address in T0 through the jump cache.

@@ -1,9 +1,9 @@
 //! From decoded guest instructions to host code: the block's frame, memory accesses, stack
 //! operations and branches. Plain instructions are in `plain`.
 //!
-//! Invariants while a block runs: guest registers are in their [`HOME`]s; RSP is the host
-//! stack, 16-byte aligned; GS is the state block. At block boundaries the guest's status
-//! flags are in AX (`LAHF; SETO AL`). [`Flags`] follows where they are in between.
+//! Invariants while a block runs: guest registers are in their [`HOME`]s; RSP is the return
+//! stack (`returns`); GS is the state block. At block boundaries the guest's status flags are
+//! in AX (`LAHF; SETO AL`). [`Flags`] follows where they are in between.
 
 use iced_x86::{
     ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
@@ -123,6 +123,8 @@ pub(crate) struct Exit {
     pub(crate) stub: u32,
     /// Offset of the displacement of the stub's own jump.
     pub(crate) out: u32,
+    /// It is a call.
+    pub(crate) calls: bool,
 }
 
 pub(super) struct PendingExit {
@@ -131,6 +133,9 @@ pub(super) struct PendingExit {
     /// The guest's flags are in the host's only, where this leaves from the block's middle.
     pub(super) flags_in_host: bool,
     pub(super) rights: Rights,
+    pub(super) calls: bool,
+    /// The displacement of an instruction that uses the target's address as a constant.
+    pub(super) constant: Option<usize>,
 }
 
 /// Bits of the word that tells the slow path what an access is.
@@ -195,6 +200,8 @@ pub(crate) struct Lower<'a> {
     fpu_check: Option<usize>,
     /// Indirect branches: where they look up in vain, and the branch's address.
     pub(super) misses: Vec<(usize, u64)>,
+    /// Indirect calls: where they call, and the call's address.
+    pub(super) calls: Vec<(usize, Instruction)>,
     /// Jumps to where an instruction is left to `system`: indirect calls to non-canonical
     /// addresses, and what the short forms of others do not do.
     pub(super) departures: Vec<(usize, Instruction)>,
@@ -244,6 +251,7 @@ impl<'a> Lower<'a> {
             in_span: false,
             fpu_check: None,
             misses: Vec::new(),
+            calls: Vec::new(),
             departures: Vec::new(),
             segment_faults: Vec::new(),
             fault_waits: false,
@@ -543,6 +551,10 @@ impl<'a> Lower<'a> {
         for stub in std::mem::take(&mut self.stubs) {
             self.slow_path(&stub);
         }
+        for (call, instruction) in std::mem::take(&mut self.calls) {
+            self.asm.aim(call);
+            self.jump_to_t0(&instruction);
+        }
         for (miss, source) in std::mem::take(&mut self.misses) {
             self.asm.aim(miss);
             if self.mode.legacy.is_some() {
@@ -570,6 +582,11 @@ impl<'a> Lower<'a> {
                 self.asm.aim(jump);
             }
             let stub = self.asm.len() as u32;
+            if let Some(at) = exit.constant {
+                // the stub begins with `mov r10, target`
+                let distance = stub + 2 - (at as u32 + 4);
+                self.asm.bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
+            }
             if self.same_page(target) && !self.mode.single {
                 self.asm.mov_imm(T0, target);
                 self.asm
@@ -579,6 +596,7 @@ impl<'a> Lower<'a> {
                     jump: jump as u32,
                     stub,
                     out: self.asm.len() as u32 - 4,
+                    calls: exit.calls,
                 });
             } else {
                 self.far_exit(target, exit.rights);

@@ -1,8 +1,8 @@
 //! The fixed pieces of code at the start of the cache: the way in, the ways out, the slow
 //! path of memory accesses, and the loading of extended state.
 //!
-//! Called by translated code only. Stack discipline: translated code runs with RSP 16-byte
-//! aligned; thunks keep it so around calls into Rust.
+//! Called by translated code only, which runs on the return stacks. Rust runs on the stack that
+//! translated code was entered from.
 
 use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
@@ -11,6 +11,7 @@ use super::lower::meta;
 use super::repeat;
 use super::transfer::{jump_through_cache, jump_through_neighbour};
 use crate::mmu::{AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, jump_table, tlb_number};
+use crate::returns::stack_number;
 use crate::state::{WINDOWS, Window, WindowSet, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
@@ -76,6 +77,11 @@ pub(crate) struct Thunks {
     /// through the jump cache, by [`Rights`].
     pub(crate) unchained: [u64; 3],
     pub(crate) branch: u64,
+    /// To the guest address in T0, where a return meant for elsewhere came back; T1 is the
+    /// return's own. By the return stack's number.
+    pub(crate) returned: [u64; 2],
+    /// The same, where the return stack is empty.
+    pub(crate) bottom: [u64; 2],
     pub(crate) repeat: repeat::Thunks,
     pub(crate) system: u64,
     pub(crate) attention: u64,
@@ -163,9 +169,13 @@ fn vectors_restore(a: &mut Asm, mask: u32) {
     a.aim(idle);
 }
 
+/// Calls a function on Rust's stack. Clobbers RBX and what functions may clobber.
 fn call_rust(a: &mut Asm, function: u64) {
+    a.mov(RBX, RSP);
+    a.load_gs(RSP, state_offset!(host_rsp));
     a.mov_imm(RAX, function);
     a.raw(&[0xff, 0xd0]); // call rax
+    a.mov(RSP, RBX);
 }
 
 /// Writes all thunks into `a`, for the extended-state components in `mask`.
@@ -199,6 +209,11 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     for rights in Rights::ALL {
         thunks.far_branch[rights as usize] = neighbour(a, rights, thunks.branch);
     }
+    for rights in [Rights::Supervisor, Rights::User] {
+        let number = stack_number(rights);
+        let far_branch = thunks.far_branch[rights as usize];
+        (thunks.bottom[number], thunks.returned[number]) = returned(a, rights, far_branch);
+    }
     thunks.system = out(a, Leave::System, true);
     thunks.attention = out(a, Leave::Attention, false);
     thunks.fault = out(a, Leave::Fault, true);
@@ -231,6 +246,13 @@ fn enter(a: &mut Asm) -> u64 {
     a.alu_imm(Alu::Add, RSP, -8);
     a.store_gs(state_offset!(host_rsp), RSP);
     a.mov(T0, RDI);
+    let base = |rights| state_offset!(return_bases) + 8 * stack_number(rights) as i32;
+    a.load_gs(RSP, base(Rights::User));
+    a.store_gs(state_offset!(user_returns), RSP);
+    a.cmp_gs_byte(state_offset!(cpl), 3);
+    let user = a.jcc_forward(cc::E);
+    a.load_gs(RSP, base(Rights::Supervisor));
+    a.aim(user);
     for (guest, home) in HOME.iter().enumerate() {
         if let Some(reg) = home {
             a.load_gs(*reg, slot(guest));
@@ -288,6 +310,21 @@ fn neighbour(a: &mut Asm, rights: Rights, out: u64) -> u64 {
     a.load_gs(RAX, state_offset!(temp) + 8);
     a.jmp(out);
     at
+}
+
+/// To the guest address in T0 through the jump cache, keeping T1 for when it is not there.
+/// The first way in has the return stack empty again.
+fn returned(a: &mut Asm, rights: Rights, far_branch: u64) -> (u64, u64) {
+    let bottom = a.here();
+    let base = state_offset!(return_bases) + 8 * stack_number(rights) as i32;
+    a.load_gs(RSP, base);
+    let returned = a.here();
+    a.store_gs(state_offset!(temp), T1);
+    let miss = jump_through_cache(a, jump_table(rights, false));
+    a.aim(miss);
+    a.load_gs(T1, state_offset!(temp));
+    a.jmp(far_branch);
+    (bottom, returned)
 }
 
 /// To the guest address in T0 through the jump cache.
@@ -398,12 +435,11 @@ fn slow(a: &mut Asm, mask: u32, access: u64, leave: u64) -> u64 {
     let at = a.here();
     a.store_gs(state_offset!(temp) + 24, T0);
     save_guests(a);
-    a.mov(RBX, RSP);
     vectors_save(a, mask);
     a.load_gs(RDI, state_offset!(runtime));
     a.mov(RSI, T0);
-    a.load(RDX, RBX, 8);
-    a.load(RCX, RBX, 0);
+    a.load(RDX, RSP, 8);
+    a.load(RCX, RSP, 0);
     call_rust(a, access);
     vectors_restore(a, mask);
     a.raw(&[0x48, 0x85, 0xc0]); // test rax, rax
@@ -443,13 +479,10 @@ fn commit(a: &mut Asm, mask: u32, function: u64) -> u64 {
     for reg in kept {
         a.push(reg);
     }
-    a.mov(RBX, RSP);
-    a.raw(&[0x48, 0x83, 0xe4, 0xf0]); // and rsp, -16
     vectors_save(a, mask);
     a.load_gs(RDI, state_offset!(runtime));
     call_rust(a, function);
     vectors_restore(a, mask);
-    a.mov(RSP, RBX);
     for reg in kept.into_iter().rev() {
         a.pop(reg);
     }

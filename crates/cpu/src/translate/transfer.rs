@@ -8,12 +8,13 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::access::{Place, STACK_WINDOW, window_number};
-use super::asm::{Alu, Asm, GUEST_RSP, RAX, RCX, Reg, T0, T1, cc, slot};
+use super::asm::{Alu, Asm, GUEST_RSP, RAX, RCX, RSP, Reg, T0, T1, cc, slot};
 use super::lower::{Flags, Lower, meta};
 use crate::mmu::{
     AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_NEIGHBOUR, JUMP_SHIFT, JumpEntry, Rights,
     jump_table,
 };
+use crate::returns::stack_number;
 use crate::state::{efer, gpr, rflags, segment, state_offset};
 use crate::system::{FLAT_CODE, FLAT_STACK, SYSRET_FLAGS};
 
@@ -139,6 +140,9 @@ impl Lower<'_> {
         let a = &mut self.asm;
         a.store_gs_byte(state_offset!(cpl), 0);
         a.load_gs(T0, state_offset!(msrs.lstar));
+        a.store_gs(state_offset!(user_returns), RSP);
+        let stack = 8 * stack_number(Rights::Supervisor) as i32;
+        a.load_gs(RSP, state_offset!(return_bases) + stack);
         self.enter_ring(Rights::Supervisor);
     }
 
@@ -163,6 +167,7 @@ impl Lower<'_> {
         self.flat_segment(segment::CS, FLAT_CODE | 3 << 5);
         self.asm.store_gs_byte(state_offset!(cpl), 3);
         self.asm.mov(T0, RCX);
+        self.asm.load_gs(RSP, state_offset!(user_returns));
         self.enter_ring(Rights::User);
     }
 
@@ -238,11 +243,12 @@ impl Lower<'_> {
         let a = &mut self.asm;
         a.store_gs_byte(state_offset!(cpl), ring as u8);
         a.load_gs(T0, frame(FRAME_RIP));
-        self.enter_ring(if ring == 3 {
-            Rights::User
+        if ring == 3 {
+            a.load_gs(RSP, state_offset!(user_returns));
+            self.enter_ring(Rights::User);
         } else {
-            Rights::Supervisor
-        });
+            self.enter_ring(Rights::Supervisor);
+        }
     }
 
     /// Leaves `instruction` to `system` unless the selector in the frame is one of the GDT

@@ -20,9 +20,10 @@ use iced_x86::{
 
 use super::lower::Lowered;
 use super::thunks::Thunks;
-use crate::mmu::{AddressSpace, JumpEntry};
+use crate::mmu::{AddressSpace, JumpEntry, Rights};
+use crate::returns::stack_number;
 use crate::state::{Block, state_offset};
-use facts::{Facts, Value, writes};
+use facts::{Facts, Value, gs_constant, writes};
 
 /// Instructions without privilege that read or change what is not the guest's: the identity of
 /// the processor, its tables and counters, segment bases, and flags that Rust code relies on.
@@ -58,7 +59,7 @@ const OF_THE_HOST: [Mnemonic; 28] = [
 ];
 
 /// What translated code may write of the state block: offset and length.
-fn writable() -> [(i32, usize); 11] {
+fn writable() -> [(i32, usize); 12] {
     [
         (state_offset!(gpr), 16 * 8),
         (state_offset!(temp), 4 * 8),
@@ -71,6 +72,7 @@ fn writable() -> [(i32, usize); 11] {
         (state_offset!(frame), 5 * 8),
         (state_offset!(segments), 6 * 16),
         (state_offset!(cpl), 1),
+        (state_offset!(user_returns), 8),
     ]
 }
 
@@ -124,7 +126,7 @@ pub(super) fn verify(
         plain(instruction, registers, offered).map_err(wrong)?;
         match known.used_memory() {
             [] => {}
-            [one] => memory(instruction, one, &before).map_err(wrong)?,
+            [one] => memory(&code, instruction, one, &before).map_err(wrong)?,
             _ => return Err(wrong("more than one memory operand")),
         }
         code.flow(instruction, &before).map_err(wrong)?;
@@ -166,12 +168,12 @@ fn plain(
     if !i.cpuid_features().iter().all(|f| offered(*f)) {
         return Err("an instruction that the guest is not offered");
     }
-    if pushes(i) {
+    if is_on_stack(i) {
         return Ok(());
     }
     for used in registers {
         let register = used.register();
-        if register.full_register() == Register::RSP {
+        if register.full_register() == Register::RSP && !changes_stack(i) {
             return Err("uses the host's stack pointer");
         }
         let special = register.is_segment_register() || register.is_cr() || register.is_dr();
@@ -182,14 +184,35 @@ fn plain(
     Ok(())
 }
 
-/// Whether it is one of the two stack operations of a block: the word for a slow path, and calls.
-fn pushes(i: &Instruction) -> bool {
-    i.code() == Code::Pushq_imm32 || i.code() == Code::Call_rel32_64
+/// Whether it is one of the stack operations of a block: the word for a slow path, calls, and
+/// returns to where a call of some block comes back.
+fn is_on_stack(i: &Instruction) -> bool {
+    matches!(
+        i.code(),
+        Code::Pushq_imm32 | Code::Call_rel32_64 | Code::Retnq
+    )
+}
+
+/// Whether it goes from one return stack to the other.
+fn changes_stack(i: &Instruction) -> bool {
+    let supervisor = state_offset!(return_bases) + 8 * stack_number(Rights::Supervisor) as i32;
+    let user = state_offset!(user_returns);
+    let at = gs_constant(i);
+    match i.code() {
+        Code::Mov_r64_rm64 => at == Some(supervisor.into()) || at == Some(user.into()),
+        Code::Mov_rm64_r64 => i.op1_register() == Register::RSP && at == Some(user.into()),
+        _ => false,
+    }
 }
 
 /// Where memory is read and written.
-fn memory(i: &Instruction, used: &UsedMemory, facts: &Facts) -> Result<(), &'static str> {
-    if pushes(i) {
+fn memory(
+    code: &Code64<'_>,
+    i: &Instruction,
+    used: &UsedMemory,
+    facts: &Facts,
+) -> Result<(), &'static str> {
+    if is_on_stack(i) {
         return Ok(());
     }
     if i.is_stack_instruction() {
@@ -207,6 +230,16 @@ fn memory(i: &Instruction, used: &UsedMemory, facts: &Facts) -> Result<(), &'sta
             return Err("a segment base and a register");
         }
         return state_block(at, size, stored);
+    }
+    if i.is_ip_rel_memory_operand() {
+        // a constant in the block
+        let first = i.ip_rel_memory_address();
+        let last = first + size as u64 - 1;
+        return if stored || !code.is_inside(first) || !code.is_inside(last) {
+            Err("a constant beyond the block")
+        } else {
+            Ok(())
+        };
     }
     let index = match used.index() {
         Register::None => None,
@@ -252,6 +285,9 @@ impl Code64<'_> {
     /// Whether control may go where the instruction sends it.
     fn flow(&self, i: &Instruction, facts: &Facts) -> Result<(), &'static str> {
         let t = self.thunks;
+        if facts.pushed.is_some() && self.slow_thunk(i).is_none() {
+            return Err("a word on the stack that no slow path takes");
+        }
         match i.flow_control() {
             FlowControl::Next => Ok(()),
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
@@ -266,7 +302,7 @@ impl Code64<'_> {
                     t.fault,
                 ];
                 let far = [t.far_lookup, t.far_branch];
-                let mut outs = outs.iter().chain(far.as_flattened());
+                let mut outs = outs.iter().chain(far.as_flattened()).chain(&t.returned);
                 if self.is_inside(target) || outs.any(|t| *t == target) {
                     Ok(())
                 } else {
@@ -277,6 +313,7 @@ impl Code64<'_> {
                 let slow = self.slow_thunk(i).is_some() && facts.pushed.is_some();
                 if i.code() == Code::Call_rel32_64
                     && (slow
+                        || self.is_inside(i.near_branch_target())
                         || self.is_repeat(i)
                         || [t.commit, t.fpu_load].contains(&i.near_branch_target()))
                 {
@@ -300,6 +337,7 @@ impl Code64<'_> {
                 }
             }
             // what cannot be encoded
+            FlowControl::Return if i.code() == Code::Retnq => Ok(()),
             FlowControl::Exception if i.code() == Code::Ud2 => Ok(()),
             _ => Err("a transfer of control that no block may contain"),
         }
@@ -334,13 +372,16 @@ impl Code64<'_> {
         let mut next = Vec::new();
         if !matches!(
             i.flow_control(),
-            FlowControl::UnconditionalBranch | FlowControl::IndirectBranch | FlowControl::Exception
+            FlowControl::UnconditionalBranch
+                | FlowControl::IndirectBranch
+                | FlowControl::Return
+                | FlowControl::Exception
         ) {
             next.push((self.following(index)?, false));
         }
         let branch = matches!(
             i.flow_control(),
-            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
         );
         if branch && i.op0_kind() == OpKind::NearBranch64 && self.is_inside(i.near_branch_target())
         {

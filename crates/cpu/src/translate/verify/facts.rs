@@ -184,6 +184,10 @@ impl Facts {
         let mut next = self.clone();
         next.compared = None;
         next.pushed = None;
+        if i.mnemonic() == Mnemonic::Call && code.is_inside(i.near_branch_target()) {
+            // what comes back is another block
+            return Ok(Some(if jumped { next } else { Self::at_entry() }));
+        }
         match i.mnemonic() {
             Mnemonic::Push => next.pushed = Some(i.immediate32to64() as u32),
             Mnemonic::Call => {
@@ -490,7 +494,7 @@ fn moved(value: Value, by: i64) -> Option<Value> {
 }
 
 /// The offset of a memory operand in the state block.
-fn gs_constant(i: &Instruction) -> Option<i64> {
+pub(super) fn gs_constant(i: &Instruction) -> Option<i64> {
     let constant = i.segment_prefix() == Register::GS
         && i.memory_base() == Register::None
         && i.memory_index() == Register::None;

@@ -318,7 +318,7 @@ const LOAD: [u8; 4] = [0x4e, 0x8b, 0x0c, 0x1b];
 #[test]
 fn a_block_that_breaks_a_rule_is_found() {
     let wider = [0x49, 0x81, 0xfa, 0xf9, 0x0f, 0, 0];
-    let faults: [(&[u8], &[u8], &str); 10] = [
+    let faults: [(&[u8], &[u8], &str); 12] = [
         (&COMPARE, &wider, "more than was checked"),
         (&COMPARE, &[0x90; 7], "nobody's"),
         // mov r9, [rbx]
@@ -331,6 +331,14 @@ fn a_block_that_breaks_a_rule_is_found() {
         (&LOAD, &[0x4e, 0x89, 0x0c, 0x1b], "stores where a load"),
         // mov rsp, rbx
         (&LOAD, &[0x48, 0x89, 0xdc, 0x90], "stack pointer"),
+        // ret 8
+        (&LOAD, &[0xc2, 8, 0, 0x90], "transfer of control"),
+        // push 0
+        (
+            &COMPARE,
+            &[0x68, 0, 0, 0, 0, 0x90, 0x90],
+            "a word on the stack",
+        ),
         // syscall
         (&LOAD, &[0x0f, 0x05, 0x90, 0x90], "a call to somewhere else"),
         // int 0x80
