@@ -315,6 +315,10 @@ impl Job {
     }
 
     fn chunk(&self, core: &mut Core, bus: &dyn Bus, most: u64) -> Result<Chunk, Exception> {
+        if matches!(self.operation, Operation::Input | Operation::Output) {
+            // before memory is looked at, and even its segment
+            io::require_ports(core, bus, Self::port(core), self.size as u8)?;
+        }
         self.check_segments(core)?;
         match self.operation {
             Operation::Move => self.movs(core, bus, most).map(Chunk::of),
@@ -482,8 +486,7 @@ impl Job {
     }
 
     fn ins(&self, core: &mut Core, bus: &dyn Bus) -> Result<u64, Exception> {
-        let port = core.state.gpr[gpr::RDX] as u16;
-        io::require_ports(core, bus, port, self.size as u8)?;
+        let port = Self::port(core);
         let to = self.destination(core);
         core.check_alignment(to, self.size)?;
         core.probe_write(to, self.size, Privilege::Current)?;
@@ -495,9 +498,12 @@ impl Job {
         Ok(1)
     }
 
+    fn port(core: &Core) -> u16 {
+        core.state.gpr[gpr::RDX] as u16
+    }
+
     fn outs(&self, core: &mut Core, bus: &dyn Bus) -> Result<u64, Exception> {
-        let port = core.state.gpr[gpr::RDX] as u16;
-        io::require_ports(core, bus, port, self.size as u8)?;
+        let port = Self::port(core);
         let from = self.source(core);
         let value = self.read(core, bus, from)?;
         core.watch_port(port, self.size as u8);

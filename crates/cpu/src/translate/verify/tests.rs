@@ -332,7 +332,7 @@ fn a_block_that_breaks_a_rule_is_found() {
         // mov rsp, rbx
         (&LOAD, &[0x48, 0x89, 0xdc, 0x90], "stack pointer"),
         // ret 8
-        (&LOAD, &[0xc2, 8, 0, 0x90], "transfer of control"),
+        (&LOAD, &[0xc2, 8, 0, 0x90], "stack pointer"),
         // push 0
         (
             &COMPARE,
