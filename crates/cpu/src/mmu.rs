@@ -26,7 +26,8 @@ use crate::state::{State, StateRef, cr0, cr4, efer, rflags};
 pub(crate) use space::JUMP_TABLES;
 pub(crate) use space::{
     AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_NEIGHBOUR, JUMP_SHIFT, JumpEntry, Rights,
-    TLB_ENTRIES, TLBS, TlbEntry, apart_table, jump_index, jump_table, tlb_number,
+    TLB_ENTRIES, TLBS, TlbEntry, WINDOW_KINDS, apart_table, jump_index, jump_table, tlb_number,
+    window_kind,
 };
 use space::{GLOBAL, LineInfo, invalid_tag, large_key, tlb_index};
 

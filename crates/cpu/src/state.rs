@@ -10,7 +10,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use crate::bus::Attention;
-use crate::mmu::AddressSpace;
+use crate::mmu::{AddressSpace, WINDOW_KINDS};
 use crate::segmentation::Extent;
 
 /// RFLAGS bits (Intel SDM vol. 1 §3.4.3).
@@ -240,13 +240,13 @@ pub struct Msrs {
 /// so alignment faults stay what they are.
 pub const BOUNCE_SIZE: usize = 1024;
 
-/// Windows for loads, and as many for stores.
+/// Windows of each kind.
 pub(crate) const WINDOWS: usize = 256;
 
 /// A bit for each window of one kind.
 pub(crate) type WindowSet = [u64; WINDOWS / 64];
 
-/// A page that a place in ring 3's code accessed last, so that it may do so again.
+/// A page that a place in the code accessed last, so that it may do so again.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Window {
@@ -323,10 +323,10 @@ pub struct State {
     pub(crate) extents: [Extent; 6],
     /// See [`BOUNCE_SIZE`].
     pub(crate) bounce: Bounce,
-    /// For loads, and for stores; see [`Window`].
-    pub(crate) windows: [[Window; WINDOWS]; 2],
+    /// By [`window_kind`](crate::mmu::window_kind).
+    pub(crate) windows: [[Window; WINDOWS]; WINDOW_KINDS],
     /// Which windows are in use, a bit for each.
-    pub(crate) windows_used: [WindowSet; 2],
+    pub(crate) windows_used: [WindowSet; WINDOW_KINDS],
     /// `IA32_KERNEL_GS_BASE`.
     pub kernel_gs_base: u64,
     /// ES, CS, SS, DS, FS, GS.
@@ -413,8 +413,8 @@ impl State {
             xsave: XsaveArea::INITIAL,
             extents: [Extent::default(); 6],
             bounce: Bounce([0; BOUNCE_SIZE]),
-            windows: [[Window::NONE; WINDOWS]; 2],
-            windows_used: [[0; WINDOWS / 64]; 2],
+            windows: [[Window::NONE; WINDOWS]; WINDOW_KINDS],
+            windows_used: [[0; WINDOWS / 64]; WINDOW_KINDS],
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],
             ldtr: Segment::default(),

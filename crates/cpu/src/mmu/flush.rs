@@ -4,7 +4,7 @@
 use strata_memory::PAGE_SIZE;
 
 use super::Core;
-use super::space::{AddressSpace, Rights, invalid_tag, tlb_number};
+use super::space::{AddressSpace, Rights, invalid_tag, tlb_number, window_kind};
 use crate::state::{Window, cr4};
 
 /// Address spaces kept; Linux uses six PCIDs and two for flushes.
@@ -57,11 +57,14 @@ impl Core {
         oldest.map_or(0, |(index, _)| index)
     }
 
-    /// Empties windows, which hold what ring 3's TLBs do.
+    /// Empties windows, which hold what TLBs do.
     fn forget_windows(&mut self, which: Forget) {
         let state = &mut *self.state;
         for (kind, used) in state.windows_used.iter_mut().enumerate() {
-            if matches!(which, Forget::Stores(_)) && kind != usize::from(true) {
+            let stores = [Rights::Supervisor, Rights::User]
+                .iter()
+                .any(|rights| window_kind(*rights, true) == Some(kind));
+            if matches!(which, Forget::Stores(_)) && !stores {
                 continue;
             }
             for (word, bits) in used.iter_mut().enumerate() {

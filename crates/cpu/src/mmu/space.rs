@@ -55,12 +55,22 @@ impl Rights {
     }
 }
 
-/// The TLBs of an address space, and the kinds of windows.
+/// The TLBs of an address space.
 pub(crate) const TLBS: usize = 6;
+/// Kinds of windows: for loads and for stores, of the supervisor and of ring 3.
+pub(crate) const WINDOW_KINDS: usize = 4;
 
 /// Which of a space's TLBs serves an access.
 pub(crate) const fn tlb_number(rights: Rights, store: bool) -> usize {
     (rights as usize) << 1 | store as usize
+}
+
+/// Which windows serve an access, if any.
+pub(crate) const fn window_kind(rights: Rights, store: bool) -> Option<usize> {
+    match rights {
+        Rights::Open => None,
+        _ => Some(tlb_number(rights, store)),
+    }
 }
 
 /// Which of a space's jump caches leads to blocks with these rights, of 64-bit code or not.

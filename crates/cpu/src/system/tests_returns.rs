@@ -136,22 +136,24 @@ fn the_supervisor_does_not_return_with_the_rights_of_ring_3() {
 
 #[test]
 fn a_function_may_change_the_code_that_it_returns_to() {
-    let machine = with_code(
-        &[
-            &[0xb9, 9, 0, 0, 0],  // mov ecx, 9
-            &[0x31, 0xc0],        // xor eax, eax
-            &[0xe8, 11, 0, 0, 0], // again: call f
-            &[0x83, 0xc0, 0x00],  // add eax, 0, at 12
-            &[0xff, 0xc9],        // dec ecx
-            &[0x75, 0xf4],        // jnz again
-            REPORT,
-            &[0xfe, 0x05, 0xf1, 0xff, 0xff, 0xff], // f: inc byte [14]
-            &[0xc3],
-        ],
-        3,
-    );
+    for ring in [0, 3] {
+        let machine = with_code(
+            &[
+                &[0xb9, 9, 0, 0, 0],  // mov ecx, 9
+                &[0x31, 0xc0],        // xor eax, eax
+                &[0xe8, 11, 0, 0, 0], // again: call f
+                &[0x83, 0xc0, 0x00],  // add eax, 0, at 12
+                &[0xff, 0xc9],        // dec ecx
+                &[0x75, 0xf4],        // jnz again
+                REPORT,
+                &[0xfe, 0x05, 0xf1, 0xff, 0xff, 0xff], // f: inc byte [14]
+                &[0xc3],
+            ],
+            ring,
+        );
 
-    assert_eq!(report(&machine), (1..=9).sum::<u32>());
+        assert_eq!(report(&machine), (1..=9).sum::<u32>(), "ring {ring}");
+    }
 }
 
 #[test]

@@ -9,10 +9,11 @@
 //!   op   [base + T1 + disp]
 //! ```
 //!
-//! A window is one page that a place in ring 3's code used last (`State::windows`). The
-//! address that the access itself takes does not wait for the check, which the host predicts.
-//! The supervisor's code looks into the TLB instead: it goes through much code and many
-//! pages, for one process and the next, and would find its windows used by others.
+//! A window is one page that was used last (`State::windows`) by a place in the code, or by all
+//! accesses to the stack, or to one fixed page. The address that the access itself takes does
+//! not wait for the check, which the host predicts. Other places in the supervisor's code look
+//! into the TLB instead: it goes through much code and many pages, for one process and the
+//! next, and would find its windows used by others.
 //!
 //! A span is a run of accesses off one base register that share a check (`spans`).
 //!
@@ -25,7 +26,7 @@ use iced_x86::{Instruction, Register};
 use super::asm::{Alu, RAX, Reg, T0, T1, cc};
 use super::lower::{Flags, Lower, Site, meta};
 use super::thunks::{DELTA, line_of, slow_index, tag_offset, window_offset};
-use crate::mmu::Rights;
+use crate::mmu::{Rights, window_kind};
 use crate::state::{WINDOWS, Window, state_offset};
 
 /// Where a checked access is done: `[base + T1 + disp]`.
@@ -40,22 +41,25 @@ impl Place {
     pub(super) const T0: Self = Self { base: T0, disp: 0 };
 }
 
+/// Set beside a window's number: all accesses that have it are to one page, mostly.
+const SHARED: u32 = 1 << 8;
 /// Which window serves accesses off the stack pointer: they share one.
-pub(super) const STACK_WINDOW: u32 = 0;
+pub(super) const STACK_WINDOW: u32 = SHARED;
 
 /// The window of an instruction. Accesses to fixed addresses share theirs by page, others
 /// have it by where they are in the code.
 pub(super) fn window_number(instruction: &Instruction) -> u32 {
     let base = instruction.memory_base();
-    let key = match base {
+    let (key, shared) = match base {
         Register::RSP => return STACK_WINDOW,
         Register::None | Register::RIP if instruction.memory_index() == Register::None => {
-            instruction.memory_displacement64() >> 12
+            let segment = (instruction.memory_segment() as u64) << 56;
+            (instruction.memory_displacement64() >> 12 ^ segment, SHARED)
         }
-        _ => instruction.ip(),
+        _ => (instruction.ip(), 0),
     };
     let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-    1 + (mixed as u32) % (WINDOWS as u32 - 1)
+    (1 + (mixed as u32) % (WINDOWS as u32 - 1)) | shared
 }
 
 /// What a check looks at.
@@ -209,12 +213,13 @@ impl Lower<'_> {
         debug_assert!(self.flags == Flags::Ax);
         let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
-        let through = if self.mode.single || self.mode.aligned {
-            Through::Nothing
-        } else if self.mode.user {
-            Through::Window(window_offset(store) + (window * size_of_window()) as i32)
-        } else {
-            Through::Tlb(tag_offset(self.rights, store))
+        let number = window & !SHARED;
+        let fits = self.mode.user || window & SHARED != 0;
+        let kind = window_kind(self.rights, store).filter(|_| fits);
+        let through = match kind {
+            _ if self.mode.single || self.mode.aligned => Through::Nothing,
+            Some(kind) => Through::Window(window_offset(kind) + (number * size_of_window()) as i32),
+            None => Through::Tlb(tag_offset(self.rights, store)),
         };
         let direct = place.base != T0;
         if direct {
@@ -250,7 +255,7 @@ impl Lower<'_> {
         };
         Stub {
             branch,
-            meta: size | what | window << meta::WINDOW_SHIFT,
+            meta: size | what | number << meta::WINDOW_SHIFT,
             store,
             rights: self.rights,
             through,

@@ -10,7 +10,9 @@ use super::asm::{
 use super::lower::meta;
 use super::repeat;
 use super::transfer::{jump_through_cache, jump_through_neighbour};
-use crate::mmu::{AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, jump_table, tlb_number};
+use crate::mmu::{
+    AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, jump_table, tlb_number, window_kind,
+};
 use crate::returns::stack_number;
 use crate::state::{WINDOWS, Window, WindowSet, state_offset};
 
@@ -101,9 +103,9 @@ pub(crate) fn slow_index(rights: Rights, store: bool) -> usize {
     tlb_number(rights, store)
 }
 
-/// Offset of the windows that an access of ring 3 may go through, in the state block.
-pub(crate) fn window_offset(store: bool) -> i32 {
-    state_offset!(windows) + (usize::from(store) * size_of::<[Window; WINDOWS]>()) as i32
+/// Offset of the windows of a kind in the state block.
+pub(crate) fn window_offset(kind: usize) -> i32 {
+    state_offset!(windows) + (kind * size_of::<[Window; WINDOWS]>()) as i32
 }
 
 /// Offset of a TLB's tags in the address space; their deltas are [`DELTA`] further.
@@ -348,7 +350,7 @@ pub(crate) fn line_of(a: &mut Asm, address: Reg) {
     a.alu_gs(Alu::Add, T1, state_offset!(space));
 }
 
-/// Looks an access up in the TLB. One that is there has its window filled, for ring 3; one
+/// Looks an access up in the TLB. One that is there has its window filled; one
 /// that crosses into a page that follows in host memory too is done in place; a span that
 /// crosses otherwise goes apart. All else goes on with `slow`. In and out as there.
 fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
@@ -362,7 +364,7 @@ fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
     a.alu_mem(Alu::Sub, RAX, T1, tag);
     a.alu_imm(Alu::Cmp, RAX, 4095);
     let miss = a.jcc_forward(cc::A);
-    let crosses = (rights == Rights::User).then(|| {
+    let crosses = window_kind(rights, store).map(|kind| {
         a.raw(&[0x8b, 0x4c, 0x24, 24]); // mov ecx, [rsp + 24]: meta
         a.raw(&[0x0f, 0xb7, 0xc9]); // movzx ecx, cx
         a.alu(Alu::Add, RAX, RCX);
@@ -370,7 +372,7 @@ fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
         let crosses = a.jcc_forward(cc::A);
         a.raw(&[0x8b, 0x4c, 0x24, 24]);
         a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
-        fill_window(a, store, tag);
+        fill_window(a, kind, tag);
         a.pop(RCX);
         a.pop(RAX);
         a.raw(&[0xc2, 8, 0]); // ret 8
@@ -410,9 +412,9 @@ fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
 
 /// Fills the window whose number is in RCX from the line at T1. Leaves the distance from
 /// guest to host in T1; clobbers RAX, RCX.
-fn fill_window(a: &mut Asm, store: bool, tag: i32) {
-    let window = window_offset(store);
-    let used = state_offset!(windows_used) + (usize::from(store) * size_of::<WindowSet>()) as i32;
+fn fill_window(a: &mut Asm, kind: usize, tag: i32) {
+    let window = window_offset(kind);
+    let used = state_offset!(windows_used) + (kind * size_of::<WindowSet>()) as i32;
     a.push(RDX);
     a.mov(RDX, RCX);
     a.shift(5, RDX, 6);

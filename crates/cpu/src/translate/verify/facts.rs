@@ -8,7 +8,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register, UsedRegi
 use super::Code64;
 use crate::mmu::{
     AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry, Rights, TLB_ENTRIES, TLBS, TlbEntry,
-    tlb_number,
+    WINDOW_KINDS, tlb_number,
 };
 use crate::state::{WINDOWS, Window, state_offset};
 use crate::translate::lower::meta;
@@ -504,7 +504,7 @@ pub(super) fn gs_constant(i: &Instruction) -> Option<i64> {
 /// Where in the windows an offset of the state block is.
 fn in_windows(at: i64) -> Option<i64> {
     let from = at - i64::from(state_offset!(windows));
-    let size = size_of::<[[Window; WINDOWS]; 2]>() as i64;
+    let size = size_of::<[[Window; WINDOWS]; WINDOW_KINDS]>() as i64;
     (0..size).contains(&from).then_some(from)
 }
 
