@@ -253,11 +253,12 @@ impl Cpu {
         if self.attend() {
             self.take_signals(bus);
         }
-        if stop.load(Ordering::SeqCst) {
-            return Some(Exit::Stopped);
-        }
         if self.startup.is_pending() && self.settle_startup(stop, bus).is_err() {
             return Some(Exit::TripleFault);
+        }
+        // behind all that takes the attention word back, which is set but once for it
+        if stop.load(Ordering::SeqCst) {
+            return Some(Exit::Stopped);
         }
         if std::mem::take(&mut self.exclusive) {
             self.core.begin_exclusive();

@@ -184,14 +184,18 @@ fn an_nmi_waits_for_the_end_of_another() {
     assert_eq!(reports, [0x2000, 0x3000, 0x3000, 0x3000, 0x3000, 0x2000]);
 }
 
-#[test]
-fn a_vcpu_that_waits_for_startup_stops_when_told_to() {
+/// Tells a vCPU that waits for startup to stop, while these signals are there for it. Returns
+/// what its code, at page 0x20, reported in its first instruction.
+fn stop_waiting(signals: &[Signal]) -> Vec<u32> {
     let memory = GuestMemory::new(1 << 20).unwrap();
+    // out REPORT, ax
+    let page = GuestAddress(0x2_0000);
+    memory.ram().write_slice(&[0xe7, 0x10], page).unwrap();
     let mut cpu = Cpu::new(&Crew::new(memory, 1), 0, 1_000_000).unwrap();
     cpu.wait_for_startup();
     let waker = cpu.waker();
     let bus = Sender {
-        signals: RefCell::default(),
+        signals: RefCell::new(signals.iter().copied().collect()),
         on_report: RefCell::default(),
         in_halt: RefCell::default(),
         reports: RefCell::default(),
@@ -207,4 +211,15 @@ fn a_vcpu_that_waits_for_startup_stops_when_told_to() {
         });
         assert_eq!(cpu.run(stop, &bus), Exit::Stopped);
     });
+    bus.reports.into_inner()
+}
+
+#[test]
+fn a_vcpu_that_waits_for_startup_stops_when_told_to() {
+    assert_eq!(stop_waiting(&[]), Vec::<u32>::new());
+}
+
+#[test]
+fn a_vcpu_that_is_told_to_stop_as_it_is_started_runs_nothing() {
+    assert_eq!(stop_waiting(&[Signal::Startup(0x20)]), Vec::<u32>::new());
 }
