@@ -59,6 +59,19 @@ pub(crate) enum Kind {
     Read,
     Write,
     Fetch,
+    /// As `Read`, but whether it is read at all is open.
+    Look,
+}
+
+impl Kind {
+    /// What a walk sets in the entry of the page.
+    fn marks(self) -> u64 {
+        match self {
+            Self::Read | Self::Fetch => PTE_A,
+            Self::Write => PTE_A | PTE_D,
+            Self::Look => 0,
+        }
+    }
 }
 
 /// Whose right counts for an access.
@@ -226,11 +239,13 @@ impl Core {
         Ok(Target::Ram(unsafe { host.add((linear - page) as usize) }))
     }
 
-    /// Whether a store by the current privilege level to the page of `linear`, which was
-    /// just read, needs nothing of the page tables, and will not before this vCPU has left
-    /// its block.
+    /// Whether a store by the current privilege level to the page of `linear` would change no
+    /// more of its entry than a load, and will not before this vCPU has left its block.
     pub(crate) fn may_store(&mut self, linear: u64) -> bool {
-        let mapping = self.walk(linear, Kind::Read, self.rights(Privilege::Current));
+        if !Self::canonical(linear) {
+            return false;
+        }
+        let mapping = self.walk(linear, Kind::Look, self.rights(Privilege::Current));
         let cpu = self.seat.index();
         mapping.is_ok_and(|m| m.writable && self.memory.code().claim_stores(cpu, m.physical))
     }
@@ -375,7 +390,7 @@ impl Core {
                 if denied {
                     return Err(fault(pf::P));
                 }
-                let wanted = value | PTE_A | if kind == Kind::Write { PTE_D } else { 0 };
+                let wanted = value | kind.marks();
                 if wanted != value
                     && let Err(now) =
                         entry.compare_exchange(value, wanted, Ordering::SeqCst, Ordering::Acquire)

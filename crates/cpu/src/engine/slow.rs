@@ -77,14 +77,12 @@ impl Cpu {
         if address % PAGE_SIZE + size > PAGE_SIZE {
             return None;
         }
-        let mut target = self.core.target(address, Kind::Read, Privilege::Current);
-        if store && target.is_ok() {
-            // one that may never be reached must not set the dirty bit
-            if !self.core.may_store(address) {
-                return None;
-            }
-            target = self.core.target(address, Kind::Write, Privilege::Current);
+        // a store that faults, or is never reached, must not change the page's entry
+        if store && !self.core.may_store(address) {
+            return None;
         }
+        let kind = if store { Kind::Write } else { Kind::Read };
+        let target = self.core.target(address, kind, Privilege::Current);
         match target.ok()? {
             Target::Ram(host) => Some(host),
             Target::Device(_) => None,

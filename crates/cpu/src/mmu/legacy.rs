@@ -144,8 +144,7 @@ impl Core {
             if denied {
                 return Err(fault(pf::P));
             }
-            let dirty = if kind == Kind::Write { PTE_D } else { 0 };
-            if !entry.set(value, PTE_A | dirty) {
+            if !entry.set(value, kind.marks()) {
                 continue;
             }
             let offset = (1_u64 << level.shift) - 1;
@@ -159,7 +158,7 @@ impl Core {
                 physical: frame | linear & offset,
                 page_shift: level.shift,
                 global: value & PTE_G != 0 && self.state.cr4 & cr4::PGE != 0,
-                writable: may_write && (value | dirty) & PTE_D != 0,
+                writable: may_write && (value | kind.marks()) & PTE_D != 0,
             });
         }
     }

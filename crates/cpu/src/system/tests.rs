@@ -14,7 +14,7 @@ use crate::mmu::Core;
 use crate::state::{DescriptorTable, Segment, cr0, cr4, efer, gpr, rflags, segment as index};
 
 const PML4: u64 = 0x1000;
-const PAGE_TABLE: u64 = 0x4000;
+pub(super) const PAGE_TABLE: u64 = 0x4000;
 pub(super) const GDT: u64 = 0x10000;
 const IDT: u64 = 0x11000;
 pub(super) const TSS: u64 = 0x12000;

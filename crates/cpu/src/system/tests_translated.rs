@@ -4,7 +4,7 @@
 
 use std::ops::RangeInclusive;
 
-use strata_memory::PAGE_SIZE;
+use strata_memory::{Bytes, GuestAddress, PAGE_SIZE};
 
 use super::tests::*;
 use super::{Flow, deliver_exception};
@@ -321,4 +321,35 @@ fn translated_repeated_copies_and_fills_are_execute_s() {
             m.set_ring(random.one_of(&[0, 3]));
         });
     }
+}
+
+/// Lets `code` run in ring 0 until it has left the page, or is in a handler.
+fn run_blocks(machine: &Machine, code: &[u8]) {
+    let crew = Crew::new(machine.core.memory.clone(), 1);
+    let mut cpu = Cpu::new(&crew, 0, 1_000_000).unwrap();
+    copy(&machine.core.state, cpu.state_mut());
+    cpu.reset_translations();
+    machine
+        .core
+        .memory
+        .ram()
+        .write_slice(code, GuestAddress(CODE))
+        .unwrap();
+    let page = |rip| rip & !(PAGE_SIZE - 1);
+    while page(cpu.state().rip) == CODE {
+        assert_eq!(cpu.run_once(&machine.bus), None);
+    }
+}
+
+#[test]
+fn stores_that_are_checked_together_leave_a_page_as_it_was_if_they_fault() {
+    let mut machine = Machine::new();
+    machine.set_page(DATA, PTE_P | PTE_U);
+    machine.core.state.gpr[gpr::RBX] = DATA;
+
+    // mov [rbx], rax; mov [rbx + 8], rax
+    run_blocks(&machine, &[0x48, 0x89, 0x03, 0x48, 0x89, 0x43, 0x08]);
+
+    let entry = machine.get(PAGE_TABLE + DATA / PAGE_SIZE * 8);
+    assert_eq!(entry, DATA | PTE_P | PTE_U);
 }
