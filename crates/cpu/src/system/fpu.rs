@@ -72,9 +72,29 @@ impl State {
         self.in_use() & X87 != 0 && self.xsave.0[2] & 0x80 != 0
     }
 
-    /// Components not in their initial configuration.
+    /// Components that may not be in their initial configuration: the host's guess, which
+    /// depends on how often they were loaded and saved.
     pub(super) fn in_use(&self) -> u64 {
         u64_at(&self.xsave.0, XSAVE_HEADER_OFFSET) & (X87 | SSE | AVX)
+    }
+
+    /// Components that are not in their initial configuration, as the guest sees `XINUSE`:
+    /// it follows from what the guest did alone. Their bytes have to mean what they say.
+    fn changed(&self) -> u64 {
+        let area = &self.xsave.0;
+        let zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+        let control = area[..2] == FCW_INITIAL && zero(&area[2..5]);
+        let mut changed = 0;
+        if !control || !zero(&area[X87_REGISTERS..XMM_REGISTERS]) {
+            changed |= X87;
+        }
+        if !zero(&area[XMM_REGISTERS..XMM_END]) {
+            changed |= SSE;
+        }
+        if !zero(&area[XSAVE_AVX_OFFSET..]) {
+            changed |= AVX;
+        }
+        changed
     }
 
     fn set_in_use(&mut self, components: u64) {
@@ -310,7 +330,8 @@ pub(super) fn xsave(core: &mut Core, bus: &dyn Bus, instr: &Instruction, form: F
         XSAVE_AVX_OFFSET
     };
     address.probe_write(core, size as u64)?;
-    let mut in_use = core.state.in_use();
+    let image = core.state.legacy_image();
+    let mut in_use = core.state.changed();
     if form == Form::Compacted && core.state.mxcsr() != MXCSR_INITIAL {
         in_use |= SSE;
     }
@@ -321,7 +342,6 @@ pub(super) fn xsave(core: &mut Core, bus: &dyn Bus, instr: &Instruction, form: F
         header.read_uint(core, bus, 8)?
     };
 
-    let image = core.state.legacy_image();
     let written = if form == Form::Plain {
         rfbm
     } else {

@@ -4,7 +4,7 @@ use super::Flow;
 use super::fpu::u64_at;
 use super::tests::*;
 use crate::exception::{Exception, vector};
-use crate::state::{XSAVE_SIZE, cr0, cr4, gpr};
+use crate::state::{XSAVE_SIZE, XsaveArea, cr0, cr4, gpr};
 
 const AREA: u64 = 0x60000;
 /// With operand [rbx].
@@ -107,6 +107,18 @@ fn xsavec_and_xsaveopt_do_not_write_components_in_their_initial_state() {
         assert_eq!(m.bytes(AREA + 576, 256), [0xcc; 256]);
         assert_eq!(m.get(AREA + 512), 3);
     }
+}
+
+#[test]
+fn components_that_hold_their_initial_values_are_not_in_use_whatever_the_host_says() {
+    let mut m = machine();
+    m.core.state.xsave = XsaveArea::INITIAL;
+    m.core.state.xsave.0[512] = 7;
+    m.core.state.xsave.0[160] = 1;
+
+    assert_eq!(m.run(XSAVE64), Ok(Flow::Next));
+
+    assert_eq!(m.get(AREA + 512), 2);
 }
 
 #[test]
