@@ -1,5 +1,5 @@
-//! `cargo xtask test`, `difftest`, `fuzz` and `long`: what to run, and with what. The checks
-//! themselves are tests of the crates.
+//! `cargo xtask test`, `difftest`, `fuzz`, `lockstep` and `long`: what to run, and with what.
+//! The checks themselves are tests of the crates.
 
 use std::env;
 use std::path::PathBuf;
@@ -63,10 +63,21 @@ pub(crate) fn fuzz(minutes: u64, seed: Option<u64>, scene: Option<u64>) -> Resul
     process::succeed("hostile guests", &mut run)
 }
 
+/// Compares blocks with single steps over the first `instructions` of a boot, or all of it if 0.
+pub(crate) fn lockstep(instructions: u64) -> Result<(), Error> {
+    packages::provide(packages::FOR_TESTS)?;
+    let mut run = cargo();
+    run.args(["test", "--release", "--package", "strata-difftest"])
+        .args(["--test", "lockstep", "--", "--nocapture"])
+        .env("STRATA_LOCKSTEP_INSTRUCTIONS", instructions.to_string());
+    process::succeed("lockstep", &mut run)
+}
+
 /// Runs what takes too long for every change.
 pub(crate) fn long() -> Result<(), Error> {
     difftest(LONG_CASES, None)?;
     fuzz(FUZZ_MINUTES, None, None)?;
+    lockstep(0)?;
     packages::provide(packages::FOR_TESTS)?;
     let mut boots = cargo();
     boots

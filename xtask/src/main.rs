@@ -53,11 +53,17 @@ enum Command {
         #[arg(long, requires = "seed")]
         scene: Option<u64>,
     },
+    /// Boot Linux twice, by blocks and instruction by instruction, and compare all the way
+    Lockstep {
+        /// Instructions to compare; to the end of the boot without it
+        #[arg(long, default_value_t = 0)]
+        instructions: u64,
+    },
     /// Boot Debian with systemd to its login shell and run its own programs and tests; as root,
     /// installs what that needs
     Debian(debian::Args),
-    /// Run the long checks: a million differential cases, ten minutes of hostile guests, and fifty
-    /// boots in a row with one, two and four vCPUs each
+    /// Run the long checks: a million differential cases, ten minutes of hostile guests, a boot in
+    /// lockstep, and fifty boots in a row with one, two and four vCPUs each
     Long,
 }
 
@@ -122,6 +128,7 @@ fn main() -> ExitCode {
             seed,
             scene,
         } => checks::fuzz(minutes, seed, scene),
+        Command::Lockstep { instructions } => checks::lockstep(instructions),
         Command::Debian(args) => debian::run(&args),
         Command::Long => checks::long(),
     };

@@ -28,6 +28,7 @@ use crate::crew::Crew;
 use crate::exception::{Exception, vector};
 use crate::hash::BuildFast;
 use crate::mmu::{Core, Privilege, Target};
+use crate::paced::Pace;
 use crate::returns::ReturnStacks;
 use crate::signal::{self, Window};
 use crate::startup::Startup;
@@ -44,7 +45,7 @@ const CACHE_SIZE: usize = 64 << 20;
 /// When less than this is left, the cache is emptied.
 const CACHE_RESERVE: usize = 64 << 10;
 /// The longest instruction, in bytes.
-const MAX_INSTRUCTION: usize = 15;
+pub(crate) const MAX_INSTRUCTION: usize = 15;
 
 /// Why [`Cpu::run`] returned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,11 +88,11 @@ pub struct Cpu {
     /// What a slow path raised.
     raised: Option<Exception>,
     /// The next instruction runs as a block of its own, since it writes its own block.
-    alone: bool,
+    pub(crate) alone: bool,
     /// It does so with all other vCPUs stopped.
     exclusive: bool,
     /// The next block checks every access by itself, since a span's check failed.
-    apart: bool,
+    pub(crate) apart: bool,
     /// #DB waits: SS was loaded.
     debug_held: bool,
     /// The control bits that current jump-cache entries were made under.
@@ -100,6 +101,8 @@ pub struct Cpu {
     /// Modes other than those of 64-bit code that blocks were made for, and their tags.
     legacy_modes: HashMap<Mode, u16, BuildFast>,
     statistics: Statistics,
+    /// Set while it runs in steps.
+    pub(crate) pace: Option<Pace>,
 }
 
 // SAFETY: what it points to (state block, address spaces, code cache) it owns and takes along.
@@ -151,6 +154,7 @@ impl Cpu {
             startup: Startup::default(),
             legacy_modes: HashMap::default(),
             statistics: Statistics::default(),
+            pace: None,
         })
     }
 
@@ -209,7 +213,7 @@ impl Cpu {
     }
 
     /// Makes this thread one that translated code can run on, until `end`.
-    fn begin(&mut self, bus: &dyn Bus) {
+    pub(crate) fn begin(&mut self, bus: &dyn Bus) {
         self.core.state.runtime = (&raw mut *self).cast::<c_void>();
         // SAFETY: only the lifetime is widened; `end` clears `self.bus` before `bus` ends, and
         // only slow paths in between read it.
@@ -228,7 +232,7 @@ impl Cpu {
         self.core.resume();
     }
 
-    fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         self.end_access();
         self.core.seat.rest();
         signal::set_window(None);
@@ -248,7 +252,7 @@ impl Cpu {
     }
 
     /// One round: interrupts, then one entry into translated code and what it led to.
-    fn step(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Option<Exit> {
+    pub(crate) fn step(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Option<Exit> {
         self.end_access();
         if self.attend() {
             self.take_signals(bus);
@@ -268,24 +272,10 @@ impl Cpu {
         }
         self.drop_stale();
         let shadow = std::mem::take(&mut self.core.state.interrupt_shadow);
-        if self.core.check_interrupts {
-            if shadow {
-                // look again as soon as the shadow has passed
-                self.core
-                    .state
-                    .block()
-                    .attention
-                    .0
-                    .store(1, Ordering::SeqCst);
-            } else if self.core.state.rflags() & rflags::IF != 0 {
-                if let Some(number) = bus.acknowledge_interrupt() {
-                    if system::deliver_interrupt(&mut self.core, bus, number).is_err() {
-                        return Some(self.undelivered());
-                    }
-                } else {
-                    self.core.check_interrupts = false;
-                }
-            }
+        if self.core.check_interrupts
+            && let Err(exit) = self.take_interrupt(bus, shadow)
+        {
+            return Some(exit);
         }
         let trap = self.core.state.rflags() & rflags::TF != 0;
         let apart = std::mem::take(&mut self.apart);
@@ -293,7 +283,10 @@ impl Cpu {
         if watched && self.meets_breakpoint() {
             return self.deliver(bus, Exception::new(vector::DB));
         }
-        let single = trap || watched || std::mem::take(&mut self.alone);
+        let single = trap
+            || watched
+            || std::mem::take(&mut self.alone)
+            || self.pace == Some(Pace::Instruction);
         let shape = match (single, apart) {
             (true, _) => Shape::Single,
             (false, true) => Shape::Apart,
@@ -305,7 +298,12 @@ impl Cpu {
             Err(exception) => return self.deliver(bus, exception),
         };
         // a new block runs once at least, however often others store to its bytes
-        let entry = if shadow || single || made != self.statistics.blocks {
+        let (paced, from) = (self.pace.is_some(), self.core.state.rip);
+        if paced {
+            // the next block leaves at once
+            self.core.look_up();
+        }
+        let entry = if shadow || single || paced || made != self.statistics.blocks {
             entry + ATTENTION_CHECK
         } else {
             entry
@@ -319,6 +317,10 @@ impl Cpu {
             enter(entry)
         };
         let leave = Leave::from_code(code);
+        if paced && !apart && leave == Leave::Attention && self.core.state.rip == from {
+            // it went to the block that checks apart, which left at once
+            self.apart = true;
+        }
         let done = match leave {
             Leave::Lookup | Leave::Attention => true,
             Leave::Apart => {
@@ -352,6 +354,23 @@ impl Cpu {
             return self.debug_trap(bus, trap);
         }
         None
+    }
+
+    /// Delivers an interrupt, if the guest takes any now and there is one.
+    fn take_interrupt(&mut self, bus: &dyn Bus, shadow: bool) -> Result<(), Exit> {
+        if shadow {
+            // look again as soon as the shadow has passed
+            self.core.look_up();
+        } else if self.core.state.rflags() & rflags::IF != 0 {
+            let Some(number) = bus.acknowledge_interrupt() else {
+                self.core.check_interrupts = false;
+                return Ok(());
+            };
+            if system::deliver_interrupt(&mut self.core, bus, number).is_err() {
+                return Err(self.undelivered());
+            }
+        }
+        Ok(())
     }
 
     /// Whether an instruction breakpoint faults before the next instruction; notes which.

@@ -19,6 +19,7 @@ mod engine;
 mod exception;
 mod hash;
 mod mmu;
+mod paced;
 mod returns;
 mod segmentation;
 mod signal;
@@ -31,6 +32,7 @@ pub use bus::{Bus, Signal, Waker};
 pub use crew::Crew;
 pub use engine::{Cpu, Exit, Statistics};
 pub use exception::{Exception, vector};
+pub use paced::Pace;
 
 /// Why a vCPU could not be set up.
 #[derive(Debug, thiserror::Error)]

@@ -121,7 +121,10 @@ pub(crate) struct Core {
     /// Set where the guest wants what this CPU does not do: says what.
     pub(crate) fatal: Option<&'static str>,
     spaces: Vec<Box<AddressSpace>>,
-    clock: u64,
+    /// Counts selections of an address space.
+    selections: u64,
+    /// What counts instead of the host's time stamp counter.
+    pub(crate) clock: Option<Box<dyn Fn() -> u64 + Send>>,
 }
 
 impl Core {
@@ -140,7 +143,8 @@ impl Core {
             debug_hits: 0,
             fatal: None,
             spaces: Vec::new(),
-            clock: 0,
+            selections: 0,
+            clock: None,
         };
         core.select_space(false);
         core
@@ -293,6 +297,14 @@ impl Core {
         }
         let mapping = self.walk(linear, Kind::Fetch, self.rights(Privilege::Current))?;
         Ok((mapping.physical, mapping.global))
+    }
+
+    /// As `fetch_address`, for whichever ring may fetch from there.
+    pub(crate) fn any_fetch_address(&self, linear: u64) -> Option<u64> {
+        let fetch = |rights| self.walk(linear, Kind::Fetch, rights).ok();
+        Self::canonical(linear)
+            .then(|| Rights::ALL.into_iter().find_map(fetch))?
+            .map(|mapping| mapping.physical)
     }
 
     fn table_entry(&self, address: u64) -> Option<&AtomicU64> {

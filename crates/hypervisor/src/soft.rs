@@ -19,6 +19,11 @@ impl SoftCpu {
         Ok(Self(Cpu::new(crew, index, tsc_khz)?))
     }
 
+    /// The software CPU itself, for what other backends do not have.
+    pub fn cpu_mut(&mut self) -> &mut Cpu {
+        &mut self.0
+    }
+
     /// How much the translator did.
     pub fn statistics(&self) -> strata_cpu::Statistics {
         self.0.statistics()

@@ -36,6 +36,7 @@ mod timers;
 mod vcpu;
 pub mod virtio;
 
+pub use boot::load;
 pub use bus::{MmioDevice, PortDevice};
 pub use config::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, MachineConfig, SerialConsole,

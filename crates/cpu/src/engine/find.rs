@@ -24,7 +24,8 @@ impl Cpu {
         } else {
             3
         };
-        let tsc = !self.core.user() || state.cr4 & cr4::TSD == 0;
+        let own_tsc = self.core.clock.is_none();
+        let tsc = own_tsc && (!self.core.user() || state.cr4 & cr4::TSD == 0);
         Mode {
             user: self.core.user(),
             extended,
@@ -177,7 +178,7 @@ impl Cpu {
             .ok_or_else(|| Exception::general_protection(0))
     }
 
-    pub(super) fn fetch(&self, physical: u64, bytes: &mut [u8]) {
+    pub(crate) fn fetch(&self, physical: u64, bytes: &mut [u8]) {
         match self.core.memory.host_ptr(physical, bytes.len() as u64) {
             // SAFETY: the range is guest RAM, mapped while `self.core.memory` lives.
             Some(host) => unsafe {

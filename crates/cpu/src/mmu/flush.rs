@@ -30,7 +30,7 @@ impl Core {
         } else {
             self.state.cr3 & 0xfff
         };
-        self.clock += 1;
+        self.selections += 1;
         let found = self.spaces.iter().position(|s| s.pcid == Some(pcid));
         let index = found.unwrap_or_else(|| self.free_space());
         let space = &mut self.spaces[index];
@@ -40,7 +40,7 @@ impl Core {
             space.flush(true);
         }
         space.pcid = Some(pcid);
-        space.last_used = self.clock;
+        space.last_used = self.selections;
         self.state.space = &raw mut **space;
     }
 

@@ -69,13 +69,18 @@ fn host_tsc() -> u64 {
 }
 
 impl Core {
+    /// What the guest's time stamp counter is an offset from.
+    fn base_tsc(&self) -> u64 {
+        self.clock.as_ref().map_or_else(host_tsc, |clock| clock())
+    }
+
     /// The guest's time stamp counter.
     pub(crate) fn tsc(&self) -> u64 {
-        host_tsc().wrapping_add(self.state.tsc_offset)
+        self.base_tsc().wrapping_add(self.state.tsc_offset)
     }
 
     pub(super) fn set_tsc(&mut self, value: u64) {
-        self.state.tsc_offset = value.wrapping_sub(host_tsc());
+        self.state.tsc_offset = value.wrapping_sub(self.base_tsc());
     }
 }
 

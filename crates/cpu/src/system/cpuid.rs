@@ -355,6 +355,22 @@ impl Table {
         find(subleaf).or_else(|| find(ANY)).unwrap_or([0; 4])
     }
 
+    /// Offers no random numbers any more.
+    pub(crate) fn withdraw_random(&mut self) {
+        let withdrawn = [
+            (1, 2, 30, CpuidFeature::RDRAND),
+            (7, 1, 18, CpuidFeature::RDSEED),
+        ];
+        for (leaf, register, bit, feature) in withdrawn {
+            for row in self.rows.iter_mut().filter(|row| row.0 == leaf) {
+                let values: &mut [u32; 4] = &mut row.2;
+                values[register] &= !(1 << bit);
+            }
+            let number = feature as usize;
+            self.offered[number / 64] &= !(1 << (number % 64));
+        }
+    }
+
     /// Family, model and stepping, as in EDX after a reset.
     pub(crate) fn signature(&self) -> u32 {
         self.get(1, 0)[0]

@@ -75,6 +75,25 @@ impl Source<'_> {
     }
 }
 
+/// Puts a kernel, its RAM disk and command line into the memory of a machine with one vCPU,
+/// and returns the registers to enter it with. For a machine that is not a
+/// [`Machine`](crate::Machine).
+pub fn load(
+    kernel: &Path,
+    initrd: &[InitrdPart],
+    command_line: &str,
+    memory: &GuestMemory,
+) -> Result<Registers, Error> {
+    let source = Source {
+        kernel,
+        initrd,
+        modules: &[],
+        command_line: Some(command_line),
+        cpus: 1,
+    };
+    Loaded::read(&source, memory.size())?.install(memory)
+}
+
 /// Files that were read and checked, before there is memory to put them in.
 pub(crate) enum Loaded {
     Linux(Box<Linux>),
