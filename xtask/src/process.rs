@@ -17,6 +17,8 @@ pub(crate) struct Measured {
     pub(crate) wall: Duration,
     /// What it wrote to standard output, control characters and all.
     pub(crate) output: String,
+    /// What it wrote to standard error.
+    pub(crate) errors: String,
 }
 
 /// Runs `command` with standard input empty and waits for success; its standard output and
@@ -65,16 +67,20 @@ pub(crate) fn measure(
     let wall = begin.elapsed();
     drop(signs);
     let late = watchdog.join().unwrap_or(false);
-    let errors = errors.map(|t| t.join().unwrap_or_default());
+    let errors = errors.map_or_else(String::new, |t| t.join().unwrap_or_default());
     if status.success() && !late {
-        return Ok(Measured { wall, output });
+        return Ok(Measured {
+            wall,
+            output,
+            errors,
+        });
     }
     let how = if late {
         format!("took more than {limits:?}")
     } else {
         format!("failed: {status}")
     };
-    let said = output + &errors.unwrap_or_default();
+    let said = output + &errors;
     let lines: Vec<&str> = said.lines().collect();
     let tail = lines[lines.len().saturating_sub(20)..].join("\n");
     Err(Error::Ended {

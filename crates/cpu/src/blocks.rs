@@ -215,6 +215,27 @@ impl Blocks {
             .collect()
     }
 
+    /// Bytes that this holds, about.
+    pub(crate) fn bytes(&self) -> usize {
+        fn map<K, V>(map: &HashMap<K, V, BuildFast>) -> usize {
+            map.capacity() * (size_of::<(K, V)>() + 1)
+        }
+        let lists = self.all.iter().map(|block| {
+            block.sites.len() * size_of::<Site>() + block.incoming.capacity() * size_of::<u32>()
+        });
+        let pages = self
+            .by_page
+            .values()
+            .map(|list| list.capacity() * size_of::<u32>());
+        self.all.capacity() * size_of::<Block>()
+            + self.exits.capacity() * size_of::<Exit>()
+            + self.systems.capacity() * size_of::<Instruction>()
+            + self.by_offset.capacity() * size_of::<u32>()
+            + map(&self.by_key)
+            + map(&self.by_page)
+            + lists.chain(pages).sum::<usize>()
+    }
+
     /// Numbers of all pages that blocks had bytes in.
     pub(crate) fn pages(&self) -> impl Iterator<Item = u64> {
         self.by_page.keys().copied()

@@ -58,13 +58,21 @@ pub enum Exit {
     Fatal(String),
 }
 
-/// How much was translated, for reports.
+/// How much was translated and what that takes, for reports.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Statistics {
     /// Blocks made since the start.
     pub blocks: u64,
+    /// Guest bytes that they cover.
+    pub guest_bytes: u64,
+    /// Bytes of host code made since the start.
+    pub host_bytes: u64,
     /// Bytes of host code in the cache now.
     pub cache_bytes: usize,
+    /// Bytes of the tables that tell of the blocks in the cache, about.
+    pub table_bytes: usize,
+    /// Bytes of soft TLBs and jump caches.
+    pub space_bytes: usize,
     /// Times the cache was emptied.
     pub flushes: u64,
     /// Instructions that translated code left to Rust since the start.
@@ -185,6 +193,8 @@ impl Cpu {
     pub fn statistics(&self) -> Statistics {
         Statistics {
             cache_bytes: self.cache.used(),
+            table_bytes: self.blocks.bytes(),
+            space_bytes: self.core.space_bytes(),
             ..self.statistics
         }
     }

@@ -15,7 +15,7 @@ pub mod state;
 
 use std::sync::atomic::AtomicBool;
 
-pub use strata_cpu::{Bus, Signal, Waker};
+pub use strata_cpu::{Bus, Signal, Statistics, Waker};
 
 /// Why a vCPU stopped running. The vCPU can be run again except after `Fatal`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +43,10 @@ pub trait Processor: Send {
     fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Halt;
     /// A handle to interrupt this vCPU with.
     fn waker(&self) -> Waker;
+    /// What was translated; `None` where nothing is.
+    fn statistics(&self) -> Option<Statistics> {
+        None
+    }
     /// The architectural state.
     fn registers(&self) -> state::Registers;
     /// Replaces the architectural state.

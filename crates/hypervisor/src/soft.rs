@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 pub use strata_cpu::Crew;
-use strata_cpu::{Bus, Cpu, Exit, Waker};
+use strata_cpu::{Bus, Cpu, Exit, Statistics, Waker};
 
 use crate::state::{Activity, DescriptorTable, Registers, Segment};
 use crate::{Error, Halt, Processor};
@@ -22,11 +22,6 @@ impl SoftCpu {
     /// The software CPU itself, for what other backends do not have.
     pub fn cpu_mut(&mut self) -> &mut Cpu {
         &mut self.0
-    }
-
-    /// How much the translator did.
-    pub fn statistics(&self) -> strata_cpu::Statistics {
-        self.0.statistics()
     }
 }
 
@@ -62,6 +57,10 @@ impl Processor for SoftCpu {
 
     fn waker(&self) -> Waker {
         self.0.waker()
+    }
+
+    fn statistics(&self) -> Option<Statistics> {
+        Some(self.0.statistics())
     }
 
     fn registers(&self) -> Registers {

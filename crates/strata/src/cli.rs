@@ -115,6 +115,12 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) console_log: Option<PathBuf>,
 
+    /// At the end, tell on standard error what the machine held of this host's memory beyond the
+    /// guest's own, and what was translated
+    #[arg(long, value_name = "FORM", value_enum, num_args = 0..=1, require_equals = true,
+          default_missing_value = "text")]
+    pub(crate) stats: Option<OutputForm>,
+
     /// Command to run in the guest, and its arguments
     #[arg(last = true, value_name = "CMD")]
     pub(crate) command: Vec<OsString>,

@@ -14,6 +14,7 @@ mod manual;
 mod report;
 mod run;
 mod sandbox;
+mod stats;
 mod streams;
 mod supervisor;
 mod terminal;

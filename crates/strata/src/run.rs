@@ -18,6 +18,7 @@ use crate::exit::End;
 use crate::guard::Guard;
 use crate::report::say;
 use crate::sandbox;
+use crate::stats::{Maps, Stats};
 use crate::supervisor::{Stop, Supervisor};
 use crate::terminal::{self, RawMode};
 
@@ -146,6 +147,9 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         .catch_signals(on_terminal)
         .map_err(Fault::host("watch for signals"))?;
 
+    let maps = args.stats.map(|_| Maps::open()).transpose();
+    let maps = maps.map_err(Fault::host("look at this process's memory"))?;
+
     // All is open; no thread has been started yet, as most locks ask for.
     sandbox::lock_up(args.sandbox)?;
     let machine = opened.build().map_err(Fault::Machine)?;
@@ -162,8 +166,12 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     let stop = supervisor
         .start(args.timeout, move || control.stop())
         .map_err(Fault::host("start a thread"))?;
-    let outcome = machine.run();
+    let mut stats = None;
+    let outcome = machine.run_then(|cpus| stats = maps.map(|maps| Stats::take(maps, cpus)));
     drop(raw);
+    if let (Some(form), Some(stats)) = (args.stats, stats) {
+        stats.tell(form);
+    }
 
     let status = wants_command.then_some(status);
     Ok(Ended {

@@ -45,3 +45,4 @@ pub use ending::Outcome;
 pub use error::{Error, KernelProblem};
 pub use interrupts::Interrupts;
 pub use machine::{Control, MAX_CPUS, Machine, Opened};
+pub use strata_hypervisor::Statistics;

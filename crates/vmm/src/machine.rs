@@ -4,6 +4,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use strata_hypervisor::Statistics;
 use strata_hypervisor::state::Registers;
 use strata_memory::GuestMemory;
 
@@ -138,7 +139,13 @@ impl Machine {
 
     /// Runs the machine until it ends. All its output is written when this returns, unless
     /// the machine was stopped and the host does not take it.
-    pub fn run(mut self) -> Outcome {
+    pub fn run(self) -> Outcome {
+        self.run_then(|_| ())
+    }
+
+    /// As [`Machine::run`]. When the machine has ended, `look` is called with what each vCPU
+    /// translated, while all that the machine held of the host's memory is still held.
+    pub fn run_then(mut self, look: impl FnOnce(&[Statistics])) -> Outcome {
         let vcpus = match self.start() {
             Ok(vcpus) => vcpus,
             Err(reason) => {
@@ -151,10 +158,11 @@ impl Machine {
         self.serial.close();
         self.output.close();
         self.shared.halt()();
-        for vcpu in vcpus {
-            // One that panicked has ended the machine by itself.
-            let _ = vcpu.join();
-        }
+        // One that panicked has ended the machine by itself.
+        let vcpus: Vec<_> = vcpus.into_iter().map_while(|v| v.join().ok()).collect();
+        let statistics: Vec<_> = vcpus.iter().filter_map(|vcpu| vcpu.statistics()).collect();
+        look(&statistics);
+        drop(vcpus);
         let patience = (outcome == Outcome::Stopped).then_some(STOP_PATIENCE);
         self.output.finish(patience);
         if let Some(devices) = self.devices.take() {
@@ -164,7 +172,7 @@ impl Machine {
     }
 
     /// Starts the timer and the vCPUs.
-    fn start(&mut self) -> Result<Vec<JoinHandle<()>>, String> {
+    fn start(&mut self) -> Result<Vec<JoinHandle<Box<dyn Vcpu>>>, String> {
         let failed = |error| format!("cannot start a thread for the machine: {error}");
         let Shared {
             timers,

@@ -10,7 +10,7 @@ use strata_devices::lapic::{
 };
 use strata_hypervisor::soft::{Crew, SoftCpu};
 use strata_hypervisor::state::{Activity, Registers};
-use strata_hypervisor::{Bus, Halt, Processor, Signal};
+use strata_hypervisor::{Bus, Halt, Processor, Signal, Statistics};
 use strata_memory::GuestMemory;
 
 use crate::bus::Buses;
@@ -186,6 +186,10 @@ pub(crate) trait Vcpu: Send {
     fn run(&mut self, stop: &AtomicBool, bus: &dyn Bus) -> Halt;
     /// How other threads make it look up. Called by the thread that will run it.
     fn wake(&self) -> Wake;
+    /// What was translated; `None` where nothing is.
+    fn statistics(&self) -> Option<Statistics> {
+        None
+    }
 }
 
 impl<P: Processor> Vcpu for P {
@@ -196,6 +200,10 @@ impl<P: Processor> Vcpu for P {
     fn wake(&self) -> Wake {
         let waker = self.waker();
         Box::new(move || waker.wake())
+    }
+
+    fn statistics(&self) -> Option<Statistics> {
+        Processor::statistics(self)
     }
 }
 
@@ -237,8 +245,8 @@ impl Drop for Watchdog<'_> {
     }
 }
 
-/// What a vCPU's thread does: runs the processor, reports how it ended.
-pub(crate) fn run(shared: &Arc<Shared>, index: usize, mut vcpu: Box<dyn Vcpu>) {
+/// What a vCPU's thread does: runs the processor, reports how it ended, and gives it back.
+pub(crate) fn run(shared: &Arc<Shared>, index: usize, mut vcpu: Box<dyn Vcpu>) -> Box<dyn Vcpu> {
     let _watchdog = Watchdog(&shared.ending);
     wake_on_time();
     shared.interrupts.attach(index, vcpu.wake());
@@ -250,4 +258,5 @@ pub(crate) fn run(shared: &Arc<Shared>, index: usize, mut vcpu: Box<dyn Vcpu>) {
         Halt::TripleFault => shared.ending.end(Outcome::TripleFault),
         Halt::Fatal(reason) => shared.ending.end(Outcome::Failed(reason)),
     }
+    vcpu
 }

@@ -57,6 +57,7 @@ impl Guest for Strata {
         let mut command = Command::new(&self.program);
         command
             .args(["run", "--accel", "soft", "--cpus", "1", "--memory", MEMORY])
+            .arg("--stats=json")
             .arg("--kernel")
             .arg(&parts.kernel)
             .arg("--initrd")
@@ -112,11 +113,28 @@ fn command_line(words: &str) -> String {
     format!("console=ttyS0 quiet panic=-1 rdinit={SCRIPT} {words}")
 }
 
-/// Wall time of a whole boot up to the first process and of the reboot that it asks for at
-/// once, in seconds.
-pub(crate) fn boot(guest: &dyn Guest, parts: &Parts) -> Result<f64, Error> {
+/// A boot up to the first process, and the reboot that it asks for at once.
+pub(crate) struct Boot {
+    /// Wall time of the whole process, in seconds.
+    pub(crate) seconds: f64,
+    /// Host memory that it held at the end beyond the guest's own, in KiB, if it tells.
+    pub(crate) held: Option<u64>,
+}
+
+/// Boots the guest.
+pub(crate) fn boot(guest: &dyn Guest, parts: &Parts) -> Result<Boot, Error> {
     let done = run(guest, parts, "")?;
-    Ok(done.wall.as_secs_f64())
+    Ok(Boot {
+        seconds: done.wall.as_secs_f64(),
+        held: held(&done.errors),
+    })
+}
+
+/// The total of the memory that `strata run --stats=json` tells of.
+fn held(errors: &str) -> Option<u64> {
+    let line = errors.lines().rfind(|line| line.starts_with('{'))?;
+    let stats: serde_json::Value = serde_json::from_str(line).ok()?;
+    stats["memory_kib"]["total"].as_u64()
 }
 
 /// Runs the guest to its end, which must come after the script's own.
@@ -190,6 +208,13 @@ mod tests {
         let log = "BENCH-STARTED\r\nROW sieve 0.5\r\n[ 1.0] ROW crc 1.25\r\nROW torn\r\n";
         let rows = parse("x", log).unwrap();
         assert_eq!(rows, [("sieve".to_owned(), 0.5), ("crc".to_owned(), 1.25)]);
+    }
+
+    #[test]
+    fn what_a_guest_held_is_found_behind_other_messages() {
+        let errors = "strata: x\n{\"memory_kib\":{\"code_cache\":1,\"total\":9}}\n";
+        assert_eq!(held(errors), Some(9));
+        assert_eq!(held("strata: x\n"), None);
     }
 
     #[test]

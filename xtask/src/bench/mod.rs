@@ -118,10 +118,11 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
         );
     }
 
-    let boot = if args.rows_only {
-        None
+    let (boot, held) = if args.rows_only {
+        (None, None)
     } else {
-        Some(boots(&guests, &parts, args.runs)?)
+        let (row, held) = boots(&guests, &parts, args.runs)?;
+        (Some(row), held)
     };
     let rows = if args.boot_only {
         Vec::new()
@@ -129,7 +130,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
         let native = wanted(Side::Native);
         rows(&guests, &parts, args.row_runs, native)?
     };
-    let report = Report::new(boot, rows);
+    let report = Report::new(boot, rows, held);
     match args.output {
         Form::Text => print!("{report}"),
         Form::Json => println!("{}", report.json()),
@@ -137,18 +138,21 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
     Ok(())
 }
 
-/// Boots every machine `runs` times, in turn.
-fn boots(guests: &[Box<dyn Guest>], parts: &Parts, runs: u32) -> Result<Row, Error> {
+/// Boots every machine `runs` times, in turn. Also gives the most that Strata held of the host's
+/// memory, in KiB.
+fn boots(guests: &[Box<dyn Guest>], parts: &Parts, runs: u32) -> Result<(Row, Option<u64>), Error> {
     let name = "boot to init";
     let mut times = Times::default();
+    let mut most = None;
     for run in 1..=runs {
         for guest in guests {
-            let seconds = guests::boot(&**guest, parts)?;
+            let guests::Boot { seconds, held } = guests::boot(&**guest, parts)?;
             eprintln!("boot {run}/{runs} {:?}: {seconds:.2} s", guest.side());
             times.add(name, guest.side(), seconds);
+            most = most.max(held);
         }
     }
-    Ok(times.row(name))
+    Ok((times.row(name), most))
 }
 
 /// Runs the rows on every side, in turn.

@@ -30,6 +30,8 @@ impl Row {
 pub(crate) struct Report {
     boot: Option<Row>,
     rows: Vec<Row>,
+    /// Host memory that a booted machine of Strata's held beyond the guest's own, in KiB.
+    held: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -51,8 +53,8 @@ impl<'a> From<&'a Row> for WithRatios<'a> {
 }
 
 impl Report {
-    pub(crate) fn new(boot: Option<Row>, rows: Vec<Row>) -> Self {
-        Self { boot, rows }
+    pub(crate) fn new(boot: Option<Row>, rows: Vec<Row>, held: Option<u64>) -> Self {
+        Self { boot, rows, held }
     }
 
     pub(crate) fn json(&self) -> String {
@@ -60,6 +62,7 @@ impl Report {
         let value = serde_json::json!({
             "boot": self.boot.as_ref().map(WithRatios::from),
             "rows": rows,
+            "held_kib": self.held,
             "geometric_mean": {
                 "tcg_by_strata": self.mean(Row::tcg_by_strata),
                 "strata_by_native": self.mean(Row::strata_by_native),
@@ -109,17 +112,20 @@ impl fmt::Display for Report {
                 &cell(row.strata_by_native(), 2),
             ])?;
         }
-        if self.rows.is_empty() {
-            return Ok(());
+        if !self.rows.is_empty() {
+            line([
+                "geometric mean",
+                "",
+                "",
+                "",
+                &cell(self.mean(Row::tcg_by_strata), 2),
+                &cell(self.mean(Row::strata_by_native), 2),
+            ])?;
         }
-        line([
-            "geometric mean",
-            "",
-            "",
-            "",
-            &cell(self.mean(Row::tcg_by_strata), 2),
-            &cell(self.mean(Row::strata_by_native), 2),
-        ])
+        let Some(held) = self.held else {
+            return Ok(());
+        };
+        writeln!(f, "host memory beyond the guest's after a boot: {held} KiB")
     }
 }
 
@@ -138,7 +144,7 @@ mod tests {
 
     #[test]
     fn ratios_are_averaged_geometrically() {
-        let report = Report::new(None, vec![row(1.0, 2.0, 4.0), row(1.0, 1.0, 8.0)]);
+        let report = Report::new(None, vec![row(1.0, 2.0, 4.0), row(1.0, 1.0, 8.0)], None);
         let mean = report.mean(Row::tcg_by_strata).unwrap();
         assert!((mean - 4.0).abs() < 1e-12);
         assert!(report.json().contains("tcg_by_strata"));
@@ -148,7 +154,7 @@ mod tests {
     fn a_side_that_was_left_out_is_a_dash() {
         let mut only = row(1.0, 2.0, 4.0);
         only.strata = None;
-        let text = Report::new(None, vec![only]).to_string();
+        let text = Report::new(None, vec![only], None).to_string();
         assert!(text.contains('-') && !text.contains("NaN"), "{text}");
     }
 }

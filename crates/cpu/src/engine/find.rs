@@ -218,6 +218,8 @@ impl Cpu {
             |feature| table.offered(feature) && !(spins && feature == CpuidFeature::PAUSE),
         )?;
         let start = self.cache.append(&translated.lowered.code);
+        self.statistics.guest_bytes += u64::from(translated.length);
+        self.statistics.host_bytes += translated.lowered.code.len() as u64;
         let number = self.blocks.add(*key, translated, start);
         self.statistics.blocks += 1;
         self.mark_code(number, bytes);

@@ -44,6 +44,11 @@ impl Core {
         self.state.space = &raw mut **space;
     }
 
+    /// Bytes that the address spaces take.
+    pub(crate) fn space_bytes(&self) -> usize {
+        self.spaces.len() * size_of::<AddressSpace>()
+    }
+
     fn free_space(&mut self) -> usize {
         if self.spaces.len() < SPACES {
             self.spaces.push(AddressSpace::new());
