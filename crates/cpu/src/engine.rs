@@ -37,8 +37,9 @@ use crate::system::{self, Flow};
 use crate::translate::asm::Asm;
 use crate::translate::cache::CodeCache;
 use crate::translate::legacy::FAULT_WAITS;
-use crate::translate::lower::{ATTENTION_CHECK, Flags, Mode, Tools};
+use crate::translate::lower::{Flags, Mode, Tools};
 use crate::translate::thunks::{self, Callbacks, Leave, Thunks};
+use crate::wanted::Wanted;
 
 /// Address space for translated code, in bytes. Pages are used as code is made.
 const CACHE_SIZE: usize = 64 << 20;
@@ -71,8 +72,6 @@ pub struct Statistics {
     pub cache_bytes: usize,
     /// Bytes of the tables that tell of the blocks in the cache, about.
     pub table_bytes: usize,
-    /// Bytes of soft TLBs and jump caches.
-    pub space_bytes: usize,
     /// Times the cache was emptied.
     pub flushes: u64,
     /// Instructions that translated code left to Rust since the start.
@@ -85,6 +84,7 @@ pub struct Cpu {
     pub(crate) core: Core,
     blocks: Blocks,
     cache: CodeCache,
+    wanted: Wanted,
     thunks: Thunks,
     thunks_end: usize,
     returns: ReturnStacks,
@@ -101,6 +101,10 @@ pub struct Cpu {
     exclusive: bool,
     /// The next block checks every access by itself, since a span's check failed.
     pub(crate) apart: bool,
+    /// Blocks are drafts at first.
+    drafts: bool,
+    /// A draft that was retired and is to be made anew as a whole.
+    ripe: Option<u32>,
     /// #DB waits: SS was loaded.
     debug_held: bool,
     /// The control bits that current jump-cache entries were made under.
@@ -140,10 +144,12 @@ impl Cpu {
             returns.set_bottom(number, code);
             core.state.return_bases[number] = returns.base(number);
         }
+        let draft_out = (thunks.draft.out - cache.base()) as u32;
         Ok(Self {
             core,
-            blocks: Blocks::default(),
+            blocks: Blocks::new(draft_out),
             cache,
+            wanted: Wanted::default(),
             thunks,
             thunks_end,
             returns,
@@ -157,6 +163,8 @@ impl Cpu {
             alone: false,
             exclusive: false,
             apart: false,
+            drafts: true,
+            ripe: None,
             debug_held: false,
             controls: (0, 0, 0, false, false),
             startup: Startup::default(),
@@ -182,6 +190,12 @@ impl Cpu {
         &mut self.core.state
     }
 
+    /// Sets whether blocks are made small at first, and for speed only when they have run often,
+    /// as they are unless this says otherwise; or all for speed at once. For tests of both.
+    pub fn set_drafts(&mut self, on: bool) {
+        self.drafts = on;
+    }
+
     /// Forgets all translated code and all TLB contents.
     pub fn reset_translations(&mut self) {
         self.empty_cache();
@@ -194,7 +208,6 @@ impl Cpu {
         Statistics {
             cache_bytes: self.cache.used(),
             table_bytes: self.blocks.bytes(),
-            space_bytes: self.core.space_bytes(),
             ..self.statistics
         }
     }
@@ -205,6 +218,7 @@ impl Cpu {
             self.core.memory.code().clear_page(cpu, page * PAGE_SIZE);
         }
         self.blocks.clear(&mut self.cache, self.thunks_end);
+        self.ripe = None;
         self.legacy_modes.clear();
         self.core.flush_jumps();
         self.statistics.flushes += 1;
@@ -314,7 +328,7 @@ impl Cpu {
             self.core.look_up();
         }
         let entry = if shadow || single || paced || made != self.statistics.blocks {
-            entry + ATTENTION_CHECK
+            self.behind_check(entry)
         } else {
             entry
         };
@@ -333,6 +347,10 @@ impl Cpu {
         }
         let done = match leave {
             Leave::Lookup | Leave::Attention => true,
+            Leave::Draft => {
+                self.leave_draft();
+                return None;
+            }
             Leave::Apart => {
                 self.apart = true;
                 true
@@ -561,7 +579,7 @@ impl Cpu {
                 fault.trap
             )));
         };
-        let key = &self.blocks.all[number as usize].key;
+        let key = self.blocks.key(number);
         let alone = key.mode.single || key.second.is_some();
         let state = &mut *self.core.state;
         state.rip = key.rip.wrapping_add(u64::from(site.guest));

@@ -18,6 +18,7 @@ mod crew;
 mod engine;
 mod exception;
 mod hash;
+mod memfd;
 mod mmu;
 mod paced;
 mod returns;
@@ -27,6 +28,7 @@ mod startup;
 pub mod state;
 mod system;
 mod translate;
+mod wanted;
 
 pub use bus::{Bus, Signal, Waker};
 pub use crew::Crew;

@@ -8,6 +8,7 @@
 mod flush;
 mod legacy;
 mod space;
+mod spaces;
 mod store;
 #[cfg(test)]
 mod tests_jumps;
@@ -26,10 +27,11 @@ use crate::state::{State, StateRef, cr0, cr4, efer, rflags};
 pub(crate) use space::JUMP_TABLES;
 pub(crate) use space::{
     AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_NEIGHBOUR, JUMP_SHIFT, JumpEntry, Rights,
-    TLB_ENTRIES, TLBS, TlbEntry, WINDOW_KINDS, apart_table, jump_index, jump_table, tlb_number,
-    window_kind,
+    TLB_ENTRIES, TLBS, TlbEntry, WINDOW_KINDS, apart_table, jump_entries, jump_index, jump_table,
+    tlb_number, window_kind,
 };
 use space::{GLOBAL, LineInfo, invalid_tag, large_key, tlb_index};
+use spaces::Spaces;
 
 /// Physical address width that CPUID reports and the walk enforces, in bits.
 pub(crate) const PHYSICAL_BITS: u32 = 46;
@@ -120,7 +122,7 @@ pub(crate) struct Core {
     pub(crate) debug_hits: u64,
     /// Set where the guest wants what this CPU does not do: says what.
     pub(crate) fatal: Option<&'static str>,
-    spaces: Vec<Box<AddressSpace>>,
+    spaces: Spaces,
     /// Counts selections of an address space.
     selections: u64,
     /// What counts instead of the host's time stamp counter.
@@ -142,7 +144,7 @@ impl Core {
             seat,
             debug_hits: 0,
             fatal: None,
-            spaces: Vec::new(),
+            spaces: Spaces::new(),
             selections: 0,
             clock: None,
         };
@@ -155,7 +157,7 @@ impl Core {
     }
 
     pub(crate) fn space(&mut self) -> &mut AddressSpace {
-        // SAFETY: `state.space` always points into a Box of `self.spaces` (select_space),
+        // SAFETY: `state.space` always points into `self.spaces` (select_space),
         // which is never shrunk; `&mut self` makes the borrow exclusive.
         unsafe { &mut *self.state.space }
     }

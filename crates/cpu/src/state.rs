@@ -246,6 +246,20 @@ pub(crate) const WINDOWS: usize = 256;
 /// A bit for each window of one kind.
 pub(crate) type WindowSet = [u64; WINDOWS / 64];
 
+/// Counters of drafts, some of which share one.
+pub(crate) const DRAFT_COUNTERS: usize = 1 << 16;
+
+/// How often a draft begins until it is made anew as a whole.
+pub(crate) const DRAFT_RUNS: u8 = 64;
+
+/// log2 of the bytes of code that share a counter.
+pub(crate) const DRAFT_SHIFT: u8 = 4;
+
+/// The counter of the draft that has `address` behind its first instruction.
+pub(crate) fn draft_counter(address: u64) -> usize {
+    (address >> DRAFT_SHIFT) as usize % DRAFT_COUNTERS
+}
+
 /// A page that a place in the code accessed last, so that it may do so again.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -327,6 +341,9 @@ pub struct State {
     pub(crate) windows: [[Window; WINDOWS]; WINDOW_KINDS],
     /// Which windows are in use, a bit for each.
     pub(crate) windows_used: [WindowSet; WINDOW_KINDS],
+    /// How often drafts may yet begin until they are made anew as a whole; see
+    /// [`draft_counter`].
+    pub(crate) drafts: [u8; DRAFT_COUNTERS],
     /// `IA32_KERNEL_GS_BASE`.
     pub kernel_gs_base: u64,
     /// ES, CS, SS, DS, FS, GS.
@@ -378,6 +395,10 @@ pub(crate) struct HostFault {
 }
 
 impl State {
+    #[expect(
+        clippy::large_stack_arrays,
+        reason = "a state is made once and moves into its block"
+    )]
     pub(crate) fn new() -> Self {
         let flat = |attributes| Segment {
             base: 0,
@@ -415,6 +436,7 @@ impl State {
             bounce: Bounce([0; BOUNCE_SIZE]),
             windows: [[Window::NONE; WINDOWS]; WINDOW_KINDS],
             windows_used: [[0; WINDOWS / 64]; WINDOW_KINDS],
+            drafts: [DRAFT_RUNS; DRAFT_COUNTERS],
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],
             ldtr: Segment::default(),

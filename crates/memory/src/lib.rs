@@ -13,12 +13,14 @@
 //! This crate knows nothing of CPUs or devices.
 
 mod code;
+mod heap;
 
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 pub use code::{CodeMap, CodeTracker, CodeWriteListener, CpuSet, GRANULE_SIZE, MAX_CPUS};
+pub use heap::give_back_large_blocks;
 use vm_memory::mmap::MmapRegionBuilder;
 pub use vm_memory::{self, Address, Bytes, GuestAddress};
 use vm_memory::{

@@ -87,6 +87,7 @@ impl Fault {
 
 /// Runs a machine to its end.
 pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
+    strata_vmm::give_back_large_blocks();
     let boot = Boot::prepare(args, verbose)?;
     let supervisor = Supervisor::new();
     let log = args.console_log.as_deref().map(|path| {

@@ -14,10 +14,11 @@ use strata_vmm::Statistics;
 use crate::cli::OutputForm;
 use crate::report::{self, Stderr};
 
-/// The names of the memfds that guest memory and translated code are in, as the kernel tells
-/// them (memfd_create(2)).
+/// The names of the memfds that guest memory, translated code, and soft TLBs with jump caches are
+/// in, as the kernel tells them (memfd_create(2)).
 const GUEST: &str = "/memfd:strata-guest-memory";
 const CODE: &str = "/memfd:strata-code";
+const TABLES: &str = "/memfd:strata-tlb";
 
 /// This process's mappings, opened before it is locked up.
 pub(crate) struct Maps(File);
@@ -125,7 +126,8 @@ impl Memory {
             match (field, name) {
                 ("Pss", GUEST) => memory.guest += size,
                 ("Pss", CODE) => memory.code_cache += size,
-                ("Rss", GUEST | CODE) => {}
+                ("Pss", TABLES) => memory.address_spaces += size,
+                ("Rss", GUEST | CODE | TABLES) => {}
                 ("Rss", _) if name.starts_with('/') => memory.program += size,
                 ("Rss", _) => memory.other += size,
                 _ => {}
@@ -134,11 +136,9 @@ impl Memory {
         let kib = |bytes: usize| bytes as u64 / 1024;
         for cpu in cpus {
             memory.block_tables += kib(cpu.table_bytes);
-            memory.address_spaces += kib(cpu.space_bytes);
         }
-        memory.total = memory.code_cache + memory.other + memory.program;
-        let tables = memory.block_tables + memory.address_spaces;
-        memory.other = memory.other.saturating_sub(tables);
+        memory.total = memory.code_cache + memory.address_spaces + memory.other + memory.program;
+        memory.other = memory.other.saturating_sub(memory.block_tables);
         memory
     }
 }
@@ -198,6 +198,9 @@ Pss:                 150 kB
 7f04-7f05 r-xs 00000000 00:01 7    /memfd:strata-code (deleted)
 Rss:                 300 kB
 Pss:                 150 kB
+7f05-7f06 rw-s 00000000 00:01 9    /memfd:strata-tlb (deleted)
+Rss:                 200 kB
+Pss:                 200 kB
 7f06-7f07 rw-s 00000000 00:01 8    /memfd:strata-guest-memory (deleted)
 Rss:               70000 kB
 Pss:               70000 kB
@@ -210,7 +213,6 @@ Pss:                  20 kB
     fn memory_is_told_by_kind_and_the_guests_own_is_not_in_the_total() {
         let cpu = Statistics {
             table_bytes: 100 << 10,
-            space_bytes: 200 << 10,
             ..Statistics::default()
         };
 
@@ -221,9 +223,9 @@ Pss:                  20 kB
             code_cache: 300,
             block_tables: 100,
             address_spaces: 200,
-            other: 720,
+            other: 920,
             program: 800,
-            total: 2120,
+            total: 2320,
         };
         assert_eq!(memory, expected);
     }

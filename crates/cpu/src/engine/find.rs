@@ -8,7 +8,7 @@ use crate::blocks::Key;
 use crate::exception::Exception;
 use crate::mmu::{JumpEntry, apart_table, jump_table};
 use crate::segmentation::Legacy;
-use crate::state::{cr0, cr4};
+use crate::state::{DRAFT_RUNS, cr0, cr4, draft_counter};
 use crate::translate::lower::Mode;
 use crate::translate::{Source, translate};
 
@@ -125,10 +125,9 @@ impl Cpu {
             number = Some(self.make_block(&mut key)?);
         }
         let number = number.unwrap_or_default();
-        let block = &self.blocks.all[number as usize];
-        let entry = self.cache.base() + u64::from(block.entry);
+        let entry = self.cache.base() + u64::from(self.blocks.entry(number));
         if !mode.single {
-            let last = first.wrapping_add(u64::from(block.length.max(1) - 1));
+            let last = first.wrapping_add(self.blocks.length(number).max(1) - 1);
             let line = JumpEntry {
                 pc: mode.jump_key(rip),
                 code: entry,
@@ -142,10 +141,21 @@ impl Cpu {
                 table,
                 line,
                 (first, last),
-                global && block.key.second.is_none(),
+                global && self.blocks.key(number).second.is_none(),
             );
         }
         Ok((number, entry))
+    }
+
+    /// The cache is full. Where the guest wants the same code again and again, more of it is
+    /// used; else it is emptied.
+    fn make_room(&mut self) {
+        if !self.cache.is_grown() && self.wanted.mostly_again() {
+            self.cache.grow();
+            return;
+        }
+        self.empty_cache();
+        self.wanted.turn();
     }
 
     pub(super) fn make_block(&mut self, key: &mut Key) -> Result<u32, Exception> {
@@ -155,7 +165,7 @@ impl Cpu {
         let first = first.min(1024).min(allowed);
         self.fetch(key.physical, &mut bytes[..first]);
         if self.cache.free() < CACHE_RESERVE {
-            self.empty_cache();
+            self.make_room();
         }
         if let Some(number) = self.place(key, &bytes[..first]) {
             return Ok(number);
@@ -190,9 +200,13 @@ impl Cpu {
     }
 
     pub(super) fn place(&mut self, key: &Key, bytes: &[u8]) -> Option<u32> {
-        // whole cache lines keep a block's patched entry in one of them
-        let padding = (16 - self.cache.used() % 16) % 16;
-        self.cache.append(&[0xcc; 16][..padding]);
+        let ripe = self.ripe.take_if(|old| self.blocks.key(*old) == *key);
+        let draft = self.drafts && ripe.is_none() && key.second.is_none() && key.mode.has_drafts();
+        if !draft {
+            // whole cache lines keep a block's patched entry in one of them
+            let padding = (16 - self.cache.used() % 16) % 16;
+            self.cache.append(&[0xcc; 16][..padding]);
+        }
         let host = self.cache.base() + self.cache.used() as u64;
         let table = &self.core.cpuid;
         // whoever spins may be waiting for a vCPU that the host does not run
@@ -208,6 +222,7 @@ impl Cpu {
             bytes,
             mode,
             crossing,
+            draft,
         };
         let translated = translate(
             &source,
@@ -220,7 +235,11 @@ impl Cpu {
         let start = self.cache.append(&translated.lowered.code);
         self.statistics.guest_bytes += u64::from(translated.length);
         self.statistics.host_bytes += translated.lowered.code.len() as u64;
-        let number = self.blocks.add(*key, translated, start);
+        let number = self.blocks.add(*key, draft, translated, start);
+        self.wanted.note(key.physical ^ key.rip.rotate_left(32));
+        if let Some(old) = ripe {
+            self.blocks.adopt(&mut self.cache, old, number);
+        }
         self.statistics.blocks += 1;
         self.mark_code(number, bytes);
         Some(number)
@@ -229,7 +248,7 @@ impl Cpu {
     /// Has stores to the bytes of a new block noticed. If they are no longer those that it
     /// was made from, it is thrown away before the next block runs.
     pub(super) fn mark_code(&mut self, number: u32, bytes: &[u8]) {
-        let ranges = self.blocks.all[number as usize].ranges();
+        let ranges = self.blocks.ranges(number);
         for (address, size) in ranges.into_iter().filter(|r| r.1 > 0) {
             self.core.mark_code(address, size);
         }
@@ -250,9 +269,44 @@ impl Cpu {
         }
     }
 
+    /// The address behind the look at the attention word of the block that begins at `entry`.
+    pub(super) fn behind_check(&self, entry: u64) -> u64 {
+        let offset = entry.wrapping_sub(self.cache.base()) as u32;
+        let number = self.blocks.number_at(offset);
+        number.map_or(entry, |number| {
+            self.cache.base() + u64::from(self.blocks.behind_check(number))
+        })
+    }
+
+    /// A draft was left where it begins. One that was counted out is thrown away, and made
+    /// anew as a whole.
+    pub(super) fn leave_draft(&mut self) {
+        let address = self.core.state.temp[0];
+        let offset = address.wrapping_sub(self.cache.base()) as u32;
+        let Some(number) = self.blocks.number_at(offset.wrapping_sub(1)) else {
+            return;
+        };
+        let key = self.blocks.key(number);
+        self.core.state.rip = key.rip;
+        if !self.blocks.is_alive(number) {
+            self.blocks.unchain(&mut self.cache, number);
+            return;
+        }
+        let counter = &mut self.core.state.drafts[draft_counter(address)];
+        if *counter == 0 {
+            *counter = DRAFT_RUNS;
+            self.blocks.retire(&mut self.cache, number);
+            self.core.forget_jump(key.rip);
+            self.ripe = Some(number);
+        }
+    }
+
     /// Chains the exit that was just taken to the block for `rip`.
     pub(super) fn link(&mut self) {
-        let exit = self.core.state.temp[0] as u32;
+        let stub = self.core.state.temp[0].wrapping_sub(self.cache.base());
+        let Some(exit) = self.blocks.exit_at(stub as u32) else {
+            return;
+        };
         let flushes = self.statistics.flushes;
         // a fault is met again, and delivered, in the next round
         if let Ok((target, _)) = self.find_block(Shape::Whole)
@@ -262,7 +316,7 @@ impl Cpu {
             let rights = self.core.current_rights();
             let thunk = self.thunks.unchained[rights as usize];
             let unchained = (thunk - self.cache.base()) as u32;
-            let legacy = self.blocks.all[target as usize].key.mode.legacy.is_some();
+            let legacy = self.blocks.key(target).mode.legacy.is_some();
             let unchained = (!legacy).then_some(unchained);
             self.blocks.chain(&mut self.cache, exit, target, unchained);
         }

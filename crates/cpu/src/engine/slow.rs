@@ -24,11 +24,16 @@ impl Cpu {
         let store = what & meta::STORE != 0;
         let offset = from.wrapping_sub(self.cache.base()) as u32 - 1;
         let (number, site) = self.blocks.locate(offset)?;
-        let block = &self.blocks.all[number as usize];
-        let rip = block.key.rip.wrapping_add(u64::from(site.guest));
-        let alone = block.key.mode.single || block.key.second.is_some();
+        let key = self.blocks.key(number);
+        let rip = key.rip.wrapping_add(u64::from(site.guest));
+        let alone = key.mode.single || key.second.is_some();
         if what & meta::SPAN != 0 {
             let host = self.settle_span(address, size, store);
+            if host.is_none() && what & meta::DRAFT != 0 {
+                self.core.state.rip = rip;
+                self.apart = true;
+                return None;
+            }
             self.core.state.bounced = u64::from(host.is_none());
             // translated code goes another way and makes no use of it
             return Some(host.unwrap_or(std::ptr::dangling_mut()));
@@ -45,6 +50,11 @@ impl Cpu {
         let bounced = matches!(result, Ok(Some(Place::Bounced(_))));
         // a store in place that others wait for ends like one that was bounced
         let announced = store && !bounced && self.core.seat.is_storing();
+        let result = match result {
+            // there is no way back out of line: again, by itself
+            Ok(Some(_)) if announced && what & meta::DRAFT != 0 => Ok(None),
+            other => other,
+        };
         self.core.state.bounced = u64::from(bounced || announced);
         self.core.state.commit_length = match (bounced && store, announced) {
             (true, _) => size,
@@ -133,6 +143,9 @@ impl Cpu {
         if let (Some(host), true) = (direct, first == size) {
             return Ok(Some(Place::Direct(host)));
         }
+        if what & meta::DRAFT != 0 {
+            return Ok(None);
+        }
         let offset = (address % 64) as usize;
         debug_assert!(offset + size as usize <= BOUNCE_SIZE);
         if !store || what & meta::LOAD != 0 {
@@ -152,10 +165,9 @@ impl Cpu {
     /// Whether one of the stale ranges after the first `told` is in the running block.
     fn writes_itself(&self, block: Option<u32>, told: usize) -> bool {
         block.is_some_and(|number| {
-            let block = &self.blocks.all[number as usize];
             self.core.stale[told..]
                 .iter()
-                .any(|&(address, length)| block.overlaps(address, length))
+                .any(|&(address, length)| self.blocks.overlaps(number, address, length))
         })
     }
 

@@ -4,11 +4,8 @@
 use strata_memory::PAGE_SIZE;
 
 use super::Core;
-use super::space::{AddressSpace, Rights, invalid_tag, tlb_number, window_kind};
+use super::space::{Rights, window_kind};
 use crate::state::{Window, cr4};
-
-/// Address spaces kept; Linux uses six PCIDs and two for flushes.
-const SPACES: usize = 10;
 
 /// Which windows to empty.
 #[derive(Clone, Copy)]
@@ -41,18 +38,12 @@ impl Core {
         }
         space.pcid = Some(pcid);
         space.last_used = self.selections;
-        self.state.space = &raw mut **space;
-    }
-
-    /// Bytes that the address spaces take.
-    pub(crate) fn space_bytes(&self) -> usize {
-        self.spaces.len() * size_of::<AddressSpace>()
+        self.state.space = space;
     }
 
     fn free_space(&mut self) -> usize {
-        if self.spaces.len() < SPACES {
-            self.spaces.push(AddressSpace::new());
-            return self.spaces.len() - 1;
+        if let Some(new) = self.spaces.add() {
+            return new;
         }
         let oldest = self
             .spaces
@@ -96,7 +87,7 @@ impl Core {
     /// Drops everything every TLB and jump cache holds.
     pub(crate) fn flush_all(&mut self) {
         self.forget_windows(Forget::All);
-        for space in &mut self.spaces {
+        for space in self.spaces.iter_mut() {
             space.flush(false);
         }
     }
@@ -112,7 +103,7 @@ impl Core {
     /// INVLPG: drops the page in all spaces, since it may be global.
     pub(crate) fn flush_page(&mut self, linear: u64) {
         let mut whole = Forget::Page(linear & !(PAGE_SIZE - 1));
-        for space in &mut self.spaces {
+        for space in self.spaces.iter_mut() {
             if space.flush_page(linear) {
                 whole = Forget::All;
             }
@@ -133,14 +124,14 @@ impl Core {
 
     /// Drops what the jump caches know of `pc`, whose block went away.
     pub(crate) fn forget_jump(&mut self, pc: u64) {
-        for space in &mut self.spaces {
+        for space in self.spaces.iter_mut() {
             space.forget_jump(pc);
         }
     }
 
     /// Empties all jump caches, when blocks went away.
     pub(crate) fn flush_jumps(&mut self) {
-        for space in &mut self.spaces {
+        for space in self.spaces.iter_mut() {
             space.flush_jumps();
         }
     }
@@ -155,14 +146,8 @@ impl Core {
             return;
         };
         self.forget_windows(Forget::Stores(host as u64));
-        for space in &mut self.spaces {
-            for table in Rights::ALL.map(|rights| tlb_number(rights, true)) {
-                for (index, entry) in space.tlb[table].iter_mut().enumerate() {
-                    if entry.host() == host as u64 {
-                        entry.tag = invalid_tag(index);
-                    }
-                }
-            }
+        for space in self.spaces.iter_mut() {
+            space.revoke_stores(host as u64);
         }
         self.memory.code().disclaim_stores(cpu, physical);
     }

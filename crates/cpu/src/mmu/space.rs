@@ -9,10 +9,23 @@ use crate::hash::BuildFast;
 
 /// Entries of one direct-mapped TLB.
 pub(crate) const TLB_ENTRIES: usize = 4096;
-/// Entries of one jump cache.
+/// Entries of one jump cache, at most; see [`jump_entries`].
 pub(crate) const JUMP_ENTRIES: usize = 16384;
 /// Jump caches of an address space; see [`jump_table`].
 pub(crate) const JUMP_TABLES: usize = 8;
+/// How many entries of a jump cache are used: the rest of it is never touched. The kernel's code
+/// is in every address space; code between STAC and CLAC is short, and blocks that check every
+/// access by itself are few.
+pub(crate) const fn jump_entries(table: usize) -> usize {
+    if table == jump_table(Rights::User, false) {
+        JUMP_ENTRIES / 2
+    } else if table >= jump_table(Rights::Open, false) {
+        JUMP_ENTRIES / 16
+    } else {
+        JUMP_ENTRIES
+    }
+}
+
 /// What a linear address is multiplied with to find its line in a jump cache.
 pub(crate) const JUMP_HASH: u32 = 0x5bd1_e995;
 /// An address whose line is another's is looked for in the line with this bit changed.
@@ -118,6 +131,19 @@ impl Filled {
         list.push(index as u16);
     }
 
+    /// All lines that may be in use.
+    pub(super) fn lines(&self) -> impl Iterator<Item = usize> {
+        self.global
+            .iter()
+            .chain(&self.local)
+            .map(|&i| usize::from(i))
+    }
+
+    /// No line is in use.
+    pub(super) fn is_empty(&self) -> bool {
+        self.global.is_empty() && self.local.is_empty()
+    }
+
     /// Lines are listed again when their pages change between global and local; this is
     /// when a flush is cheaper than longer lists.
     pub(super) fn crowded(&self) -> bool {
@@ -128,7 +154,7 @@ impl Filled {
 /// The TLBs and jump caches of one address space, each once for the supervisor and once
 /// for ring 3; the TLBs apart for loads and stores, so that a copy between two places at an
 /// unlucky distance does not fight over lines.
-#[repr(C, align(64))]
+#[repr(C, align(4096))]
 pub(crate) struct AddressSpace {
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; TLBS],
     pub(crate) jumps: [[JumpEntry; JUMP_ENTRIES]; JUMP_TABLES],
@@ -150,8 +176,8 @@ pub(super) fn large_key(linear: u64, shift: u32) -> u64 {
 }
 
 /// The index of a linear address in a jump cache.
-pub(crate) fn jump_index(pc: u64) -> usize {
-    (pc.wrapping_mul(JUMP_HASH.into()) >> JUMP_SHIFT) as usize & (JUMP_ENTRIES - 1)
+pub(crate) fn jump_index(table: usize, pc: u64) -> usize {
+    (pc.wrapping_mul(JUMP_HASH.into()) >> JUMP_SHIFT) as usize & (jump_entries(table) - 1)
 }
 
 /// The index of a linear address in a TLB. It is folded: hot pages of the kernel (stacks,
@@ -185,21 +211,21 @@ impl TlbEntry {
 }
 
 impl AddressSpace {
-    pub(super) fn new() -> Box<Self> {
-        // SAFETY: the tables are integers, for which zeroes are a value; every other field
-        // is written before the box is made.
-        let mut space = unsafe {
-            let layout = std::alloc::Layout::new::<Self>();
-            let raw = std::alloc::alloc_zeroed(layout).cast::<Self>();
-            if raw.is_null() {
-                std::alloc::handle_alloc_error(layout);
-            }
-            (&raw mut (*raw).tlb_filled).write(Default::default());
-            (&raw mut (*raw).jumps_filled).write(Default::default());
-            (&raw mut (*raw).pcid).write(None);
-            (&raw mut (*raw).large).write(Default::default());
-            (&raw mut (*raw).jump_pages).write(PageSet::default());
-            Box::from_raw(raw)
+    /// Makes zeroed memory an address space that holds nothing. What is never used of it stays
+    /// untouched.
+    ///
+    /// # Safety
+    /// `at` is valid and aligned for one, all zeroes, and nobody else's.
+    pub(super) unsafe fn init(at: *mut Self) {
+        // SAFETY: the tables are integers, for which zeroes are a value; every other field is
+        // written before there is a reference to it.
+        let space = unsafe {
+            (&raw mut (*at).tlb_filled).write(Default::default());
+            (&raw mut (*at).jumps_filled).write(Default::default());
+            (&raw mut (*at).pcid).write(None);
+            (&raw mut (*at).large).write(Default::default());
+            (&raw mut (*at).jump_pages).write(PageSet::default());
+            &mut *at
         };
         for table in &mut space.tlb {
             table[0] = TlbEntry::invalid(0);
@@ -208,7 +234,6 @@ impl AddressSpace {
             table[0] = invalid_jump(0);
             table[JUMP_NEIGHBOUR] = invalid_jump(JUMP_NEIGHBOUR);
         }
-        space
     }
 
     pub(super) fn flush_tlb(&mut self, keep_global: bool) {
@@ -265,8 +290,8 @@ impl AddressSpace {
                     .any(|set| !set.is_empty() && set.contains(key))
             });
         let index = tlb_index(linear);
-        for table in &mut self.tlb {
-            if table[index].tag == page {
+        for (table, filled) in self.tlb.iter_mut().zip(&self.tlb_filled) {
+            if !filled.is_empty() && table[index].tag == page {
                 table[index].tag = invalid_tag(index);
             }
         }
@@ -280,9 +305,10 @@ impl AddressSpace {
     }
 
     pub(super) fn flush_large(&mut self, linear: u64) {
-        for (table, info) in self.tlb.iter_mut().zip(&self.info) {
-            for (index, (entry, info)) in table.iter_mut().zip(info).enumerate() {
-                let shift = info & !GLOBAL;
+        let tables = self.tlb.iter_mut().zip(&self.info);
+        for ((table, info), filled) in tables.zip(&self.tlb_filled) {
+            for index in filled.lines() {
+                let (entry, shift) = (&mut table[index], info[index] & !GLOBAL);
                 if shift > 12 && entry.tag >> shift == linear >> shift {
                     entry.tag = invalid_tag(index);
                 }
@@ -292,7 +318,7 @@ impl AddressSpace {
 
     /// Where the block for `pc` is, if the jump cache knows.
     pub(crate) fn jump(&self, table: usize, pc: u64) -> Option<u64> {
-        let index = jump_index(pc);
+        let index = jump_index(table, pc);
         [index, index ^ JUMP_NEIGHBOUR]
             .map(|index| self.jumps[table][index])
             .into_iter()
@@ -300,11 +326,24 @@ impl AddressSpace {
             .map(|entry| entry.code)
     }
 
+    /// Drops the lines of stores that lead to the host's page at `host`.
+    pub(super) fn revoke_stores(&mut self, host: u64) {
+        for table in Rights::ALL.map(|rights| tlb_number(rights, true)) {
+            for index in self.tlb_filled[table].lines() {
+                let entry = &mut self.tlb[table][index];
+                if entry.host() == host {
+                    entry.tag = invalid_tag(index);
+                }
+            }
+        }
+    }
+
     pub(super) fn forget_jump(&mut self, pc: u64) {
-        let index = jump_index(pc);
-        for table in &mut self.jumps {
+        let tables = self.jumps.iter_mut().zip(&self.jumps_filled);
+        for (number, (table, filled)) in tables.enumerate() {
+            let index = jump_index(number, pc);
             for index in [index, index ^ JUMP_NEIGHBOUR] {
-                if table[index].pc == pc {
+                if !filled.is_empty() && table[index].pc == pc {
                     table[index] = invalid_jump(index);
                 }
             }
@@ -326,7 +365,7 @@ impl AddressSpace {
         }
         self.jump_pages.insert(first / PAGE_SIZE);
         self.jump_pages.insert(last / PAGE_SIZE);
-        let index = jump_index(entry.pc);
+        let index = jump_index(table, entry.pc);
         let old = self.jumps[table][index];
         if old.code != 0 && old.pc != entry.pc {
             let neighbour = index ^ JUMP_NEIGHBOUR;

@@ -186,7 +186,7 @@ impl Lower<'_> {
         what: u32,
         body: impl FnOnce(&mut Self) -> Flags,
     ) {
-        let mut stub = self.check(place, window, size, what);
+        let stub = self.check(place, window, size, what);
         let start = self.asm.len();
         let body_flags = body(self);
         let site = Site {
@@ -197,20 +197,26 @@ impl Lower<'_> {
         // the body's own instructions come before whatever follows it
         let position = self.sites.partition_point(|s| s.host <= start as u32);
         self.sites.insert(position, site);
-        stub.body = Some(start..self.asm.len());
-        stub.body_flags = body_flags;
-        self.stubs.push(stub);
+        if let Some(mut stub) = stub {
+            stub.body = Some(start..self.asm.len());
+            stub.body_flags = body_flags;
+            self.stubs.push(stub);
+        }
     }
 
     /// Checks that the accesses of a span, from `place` on, are within one page, so that
     /// they need no checks of their own as long as T1 is kept.
     pub(super) fn span(&mut self, place: Place, window: u32, size: u32, what: u32) {
         let stub = self.check(place, window, size, what | meta::SPAN);
-        self.stubs.push(stub);
+        self.stubs.extend(stub);
     }
 
-    fn check(&mut self, place: Place, window: u32, size: u32, what: u32) -> Stub {
+    fn check(&mut self, place: Place, window: u32, size: u32, what: u32) -> Option<Stub> {
         debug_assert!(self.flags == Flags::Ax);
+        if self.draft {
+            self.draft_check(place, size | what);
+            return None;
+        }
         let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
         let number = window & !SHARED;
@@ -253,7 +259,7 @@ impl Lower<'_> {
                 branch
             }
         };
-        Stub {
+        Some(Stub {
             branch,
             meta: size | what | number << meta::WINDOW_SHIFT,
             store,
@@ -268,7 +274,7 @@ impl Lower<'_> {
                 flags: Flags::Ax,
             },
             body_flags: Flags::Ax,
-        }
+        })
     }
 
     /// Writes what happens when the check of `stub` failed.

@@ -5,8 +5,8 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::asm::{Alu, Asm, RCX, T0, T1, cc};
 use super::lower::{Flags, Lower, PendingExit, condition_number};
-use super::transfer::{jump_through_cache, jumps_offset};
-use crate::mmu::{JumpEntry, Rights, apart_table, jump_index};
+use super::transfer::{jump_line_offset, jump_through_cache};
+use crate::mmu::{JumpEntry, Rights, apart_table};
 use crate::returns::stack_number;
 use crate::state::state_offset;
 
@@ -222,8 +222,7 @@ impl Lower<'_> {
     /// itself.
     pub(super) fn go_apart(&mut self, guest: u16, rights: Rights) {
         let target = self.start.wrapping_add(guest.into());
-        let line = jumps_offset(apart_table(rights))
-            + (jump_index(target) * size_of::<JumpEntry>()) as i32;
+        let line = jump_line_offset(apart_table(rights), target);
         let a = &mut self.asm;
         a.mov_imm(T0, target);
         a.load_gs(T1, state_offset!(space));
@@ -234,8 +233,7 @@ impl Lower<'_> {
 
     /// To another page, whose mapping may change: through the jump cache.
     pub(super) fn far_exit(&mut self, target: u64, rights: Rights) {
-        let entry = jumps_offset(self.mode.jumps_with(rights))
-            + (jump_index(target) * size_of::<JumpEntry>()) as i32;
+        let entry = jump_line_offset(self.mode.jumps_with(rights), target);
         let a = &mut self.asm;
         if self.mode.single {
             a.mov_imm(T0, target);

@@ -2,12 +2,20 @@
 //! so no address is ever both.
 
 use std::io;
+use std::os::fd::AsRawFd;
+
+use crate::memfd::memfd;
+
+/// How much of a cache is used at first, in bytes.
+const FIRST_LIMIT: usize = 6 << 20;
 
 /// The code cache of one vCPU.
 pub(crate) struct CodeCache {
     write: *mut u8,
     execute: *mut u8,
     size: usize,
+    /// How much of it is used at most, for now.
+    limit: usize,
     used: usize,
 }
 
@@ -17,11 +25,7 @@ unsafe impl Send for CodeCache {}
 impl CodeCache {
     /// Reserves `size` bytes; pages are taken as they are used.
     pub(crate) fn new(size: usize) -> io::Result<Self> {
-        // SAFETY: the name is a NUL-terminated literal.
-        let fd = unsafe { libc::memfd_create(c"strata-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let file = memfd(c"strata-code", size)?;
         let map = |protection| {
             // SAFETY: a fresh mapping of a file that this function owns; no address is given.
             let at = unsafe {
@@ -30,7 +34,7 @@ impl CodeCache {
                     size,
                     protection,
                     libc::MAP_SHARED,
-                    fd,
+                    file.as_raw_fd(),
                     0,
                 )
             };
@@ -40,22 +44,13 @@ impl CodeCache {
                 Ok(at.cast::<u8>())
             }
         };
-        // SAFETY: `fd` is ours; it is closed once, after both mappings were tried.
-        let result = unsafe {
-            if libc::ftruncate(fd, size as libc::off_t) == 0 {
-                map(libc::PROT_READ | libc::PROT_WRITE)
-                    .and_then(|w| Ok((w, map(libc::PROT_READ | libc::PROT_EXEC)?)))
-            } else {
-                Err(io::Error::last_os_error())
-            }
-        };
-        // SAFETY: as above.
-        unsafe { libc::close(fd) };
-        let (write, execute) = result?;
+        let write = map(libc::PROT_READ | libc::PROT_WRITE)?;
+        let execute = map(libc::PROT_READ | libc::PROT_EXEC)?;
         Ok(Self {
             write,
             execute,
             size,
+            limit: size.min(FIRST_LIMIT),
             used: 0,
         })
     }
@@ -77,7 +72,17 @@ impl CodeCache {
 
     /// Bytes left.
     pub(crate) fn free(&self) -> usize {
-        self.size - self.used
+        self.limit.saturating_sub(self.used)
+    }
+
+    /// Lets twice as much be used, if there is as much.
+    pub(crate) fn grow(&mut self) {
+        self.limit = self.size.min(2 * self.limit);
+    }
+
+    /// Whether all of it may be used.
+    pub(crate) fn is_grown(&self) -> bool {
+        self.limit == self.size
     }
 
     /// Appends code, which must fit, and returns its offset.

@@ -9,10 +9,12 @@ use iced_x86::{
     ConditionCode, Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
 };
 
+use super::Source;
 use super::access::{Stub, window_number};
 use super::asm::{Alu, Asm, GUEST_RAX, HOME, RAX, RBX, RCX, RDX, Reg, T0, T1, cc, slot};
 use super::classify::Class;
 use super::legacy::SegmentFault;
+use super::plain::is_harmless;
 use super::spans::Role;
 use super::thunks::Thunks;
 use crate::mmu::{Rights, jump_table};
@@ -65,6 +67,11 @@ impl Mode {
             (false, true) => Rights::Open,
             (false, false) => Rights::Supervisor,
         }
+    }
+
+    /// Whether blocks of this mode are drafts at first.
+    pub(crate) fn has_drafts(&self) -> bool {
+        !self.single && !self.apart && !self.aligned && self.legacy.is_none()
     }
 
     /// Which jump cache leads on from blocks of this mode.
@@ -121,7 +128,7 @@ pub(crate) struct Exit {
     pub(crate) jump: u32,
     /// Offset of the stub that it leads to when not chained.
     pub(crate) stub: u32,
-    /// Offset of the displacement of the stub's own jump.
+    /// Offset of the displacement of the stub's call.
     pub(crate) out: u32,
     /// It is a call.
     pub(crate) calls: bool,
@@ -157,6 +164,8 @@ pub(crate) mod meta {
     /// Outside of 64-bit mode: the segment has a base, so the end of the linear addresses
     /// need not be that of the segment.
     pub(crate) const WRAPS: u32 = 1 << 22;
+    /// From a draft, which has no place for an access out of line.
+    pub(crate) const DRAFT: u32 = 1 << 23;
     /// Where the number of the window that it went through begins.
     pub(crate) const WINDOW_SHIFT: u32 = 24; // eight bits
 }
@@ -185,16 +194,19 @@ pub(crate) struct Lower<'a> {
     pub(super) tools: &'a mut Tools,
     pub(super) thunks: &'a Thunks,
     pub(super) mode: Mode,
+    /// Small rather than fast; see `draft`.
+    pub(super) draft: bool,
     /// Whose rights accesses have now: STAC and CLAC change them.
     pub(super) rights: Rights,
     pub(super) start: u64,
     first_system: u32,
-    first_exit: u32,
     systems: Vec<Instruction>,
     pub(super) current: u16,
     pub(super) stubs: Vec<Stub>,
     pub(super) pending: Vec<PendingExit>,
     pub(super) sites: Vec<Site>,
+    /// The current instruction never faults and needs no site.
+    silent: bool,
     /// The current instruction's access was checked with those before it; T1 is taken.
     pub(super) in_span: bool,
     fpu_check: Option<usize>,
@@ -217,22 +229,22 @@ pub(crate) struct Lower<'a> {
 pub(crate) struct Numbers {
     /// Of its first system instruction.
     pub(crate) first_system: u32,
-    /// Of its first exit.
-    pub(crate) first_exit: u32,
 }
 
-/// Bytes of the attention check, which a block may be entered behind.
-pub(crate) const ATTENTION_CHECK: u64 = 11;
+/// Bytes of the attention check at a block's entry, which it may be entered behind.
+pub(crate) const fn check_length(draft: bool) -> u32 {
+    if draft { 5 } else { 11 }
+}
 
 impl<'a> Lower<'a> {
     pub(crate) fn new(
         tools: &'a mut Tools,
         thunks: &'a Thunks,
         base: u64,
-        start: u64,
-        mode: Mode,
+        source: &Source<'_>,
         numbers: &Numbers,
     ) -> Self {
+        let mode = source.mode;
         Self {
             asm: Asm::new(base),
             flags: Flags::Ax,
@@ -240,14 +252,15 @@ impl<'a> Lower<'a> {
             thunks,
             rights: mode.rights(),
             mode,
-            start,
+            draft: source.draft,
+            start: source.start,
             first_system: numbers.first_system,
-            first_exit: numbers.first_exit,
             systems: Vec::new(),
             current: 0,
             stubs: Vec::new(),
             pending: Vec::new(),
             sites: Vec::new(),
+            silent: false,
             in_span: false,
             fpu_check: None,
             misses: Vec::new(),
@@ -262,6 +275,19 @@ impl<'a> Lower<'a> {
 
     /// Writes what precedes the first instruction.
     pub(crate) fn begin(&mut self, uses_fpu: bool) {
+        if self.draft {
+            self.asm.call(self.thunks.draft.entry);
+            debug_assert_eq!(self.asm.len() as u32, check_length(true));
+        } else {
+            self.begin_whole();
+        }
+        if uses_fpu {
+            self.asm.test_gs_zero(state_offset!(fpu_loaded));
+            self.fpu_check = Some(self.asm.jcc_forward(cc::E));
+        }
+    }
+
+    fn begin_whole(&mut self) {
         self.asm.mov_imm(T0, self.start);
         self.asm.jmp(self.thunks.attention);
         while !self.asm.len().is_multiple_of(16) {
@@ -272,14 +298,10 @@ impl<'a> Lower<'a> {
         self.asm.test_gs_zero(0);
         let back = -(self.asm.len() as i64 + 2);
         self.asm.raw(&[0x75, back as u8]);
-        debug_assert_eq!(self.asm.len() - self.entry, ATTENTION_CHECK as usize);
+        debug_assert_eq!((self.asm.len() - self.entry) as u32, check_length(false));
         if self.mode.single {
             // never taken: the block is entered behind it
             debug_assert!(self.entry >= 16);
-        }
-        if uses_fpu {
-            self.asm.test_gs_zero(state_offset!(fpu_loaded));
-            self.fpu_check = Some(self.asm.jcc_forward(cc::E));
         }
     }
 
@@ -292,6 +314,7 @@ impl<'a> Lower<'a> {
         last: bool,
     ) -> bool {
         self.current = (instruction.ip() - self.start) as u16;
+        self.silent = class == Class::Plain && is_harmless(instruction);
         self.site(self.flags);
         if let Role::First(span) = role {
             self.begin_span(span, instruction);
@@ -320,6 +343,9 @@ impl<'a> Lower<'a> {
     }
 
     pub(super) fn site(&mut self, flags: Flags) {
+        if self.silent {
+            return;
+        }
         let host = self.asm.len() as u32;
         self.sites.push(Site {
             host,
@@ -589,15 +615,17 @@ impl<'a> Lower<'a> {
             }
             if self.same_page(target) && !self.mode.single {
                 self.asm.mov_imm(T0, target);
-                self.asm
-                    .mov_imm(T1, u64::from(self.first_exit) + exits.len() as u64);
-                self.asm.jmp(self.thunks.link);
+                // the return address tells which exit it is
+                self.asm.call(self.thunks.link);
                 exits.push(Exit {
                     jump: jump as u32,
                     stub,
                     out: self.asm.len() as u32 - 4,
                     calls: exit.calls,
                 });
+            } else if self.draft {
+                self.asm.mov_imm(T0, target);
+                self.asm.jmp(self.thunks.unchained[exit.rights as usize]);
             } else {
                 self.far_exit(target, exit.rights);
             }

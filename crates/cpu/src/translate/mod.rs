@@ -13,6 +13,7 @@ pub(crate) mod asm;
 mod branch;
 pub(crate) mod cache;
 pub(crate) mod classify;
+pub(crate) mod draft;
 mod generic;
 pub(crate) mod legacy;
 pub(crate) mod lower;
@@ -54,6 +55,8 @@ pub(crate) struct Source<'a> {
     pub(crate) mode: Mode,
     /// Only the first instruction, which crosses into the next page.
     pub(crate) crossing: bool,
+    /// Small rather than fast; see `draft`.
+    pub(crate) draft: bool,
 }
 
 /// Translates from `source.start` until a branch, a system instruction or the bytes' end.
@@ -113,7 +116,7 @@ pub(crate) fn translate(
         *class = Class::System;
     }
     let last = decoded.last()?.0;
-    let mut lower = Lower::new(tools, thunks, host, source.start, source.mode, numbers);
+    let mut lower = Lower::new(tools, thunks, host, source, numbers);
     lower.begin(uses_fpu);
     let mut end = None;
     let roles = lower.find_spans(&decoded);

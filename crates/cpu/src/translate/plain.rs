@@ -1,13 +1,14 @@
 //! Plain instructions: the guest's own opcode with its registers and memory operand
 //! replaced. Semantics, results and flags are the host CPU's.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 use super::access::{Place, window_number};
 use super::asm::{GUEST_RSP, HOME, RAX, RBP, Reg, T0, T1, slot};
+use super::classify::{Extended, extended_state};
 use super::generic::modrm_form;
 use super::lower::{Flags, Lower, meta};
-use crate::state::{rflags, state_offset};
+use crate::state::{gpr, rflags, state_offset};
 
 /// iced's bits for the six status flags.
 const STATUS: u32 = iced_x86::RflagsBits::OF
@@ -220,6 +221,14 @@ pub(super) fn has_memory(i: &Instruction) -> bool {
     memory_operand(i).is_some()
 }
 
+/// Whether a plain instruction never faults on the host, so that nobody asks where it is.
+pub(super) fn is_harmless(i: &Instruction) -> bool {
+    !has_memory(i)
+        && !matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
+        && !i.has_lock_prefix()
+        && extended_state(i) == Extended::No
+}
+
 /// BT and its kin with a bit offset in a register.
 pub(super) fn is_bit_test(i: &Instruction) -> bool {
     matches!(
@@ -271,8 +280,7 @@ impl Lower<'_> {
     /// for translated code.
     pub(super) fn memory_use(&mut self, instruction: &Instruction) -> Option<(u32, u32)> {
         let memory = memory_operand(instruction)?;
-        let access = self.tools.info.info(instruction).op_access(memory);
-        let what = match access {
+        let what = match self.op_access(instruction, memory) {
             OpAccess::Read | OpAccess::CondRead => 0,
             // with an unmasked exception pending, the x87 does not store
             OpAccess::Write if uses_x87(instruction) => meta::STORE | meta::LOAD,
@@ -290,10 +298,19 @@ impl Lower<'_> {
         (1..=512).contains(&size).then_some((what, size))
     }
 
+    /// What an instruction does with one of its operands.
+    fn op_access(&mut self, instruction: &Instruction, operand: u32) -> OpAccess {
+        let options =
+            InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
+        let info = self.tools.info.info_options(instruction, options);
+        info.op_access(operand)
+    }
+
     /// Whether the instruction changes a general register or part of it.
     pub(super) fn writes_register(&mut self, instruction: &Instruction, register: usize) -> bool {
-        let used = self.tools.info.info(instruction).used_registers();
-        used.iter().any(|u| {
+        let options = InstructionInfoOptions::NO_MEMORY_USAGE;
+        let info = self.tools.info.info_options(instruction, options);
+        info.used_registers().iter().any(|u| {
             let full = u.register().full_register();
             full.is_gpr() && full.number() == register && writes(u.access())
         })
@@ -349,6 +366,16 @@ impl Lower<'_> {
 
     /// Whether a member of a span, or what stands between two, leaves T1 alone.
     pub(super) fn keeps_t1(&mut self, instruction: &Instruction) -> bool {
+        let in_place = |i| {
+            let register = instruction.op_register(i);
+            !register.is_gpr()
+                || !is_high_byte(register) && HOME[register.full_register().number()].is_some()
+        };
+        let mut operands = 0..instruction.op_count();
+        let in_place = operands.all(|i| instruction.op_kind(i) != OpKind::Register || in_place(i));
+        if in_place && !implicit_rax(instruction) {
+            return true;
+        }
         let mut instruction = *instruction;
         modrm_form(&mut instruction);
         let memory = has_memory(&instruction);
@@ -418,25 +445,18 @@ impl Lower<'_> {
             uses_rax: false,
         };
         let mut high_byte = false;
-        {
-            let info = self.tools.info.info(instruction);
-            plan.rax_written = info
-                .used_registers()
-                .iter()
-                .any(|u| u.register().full_register() == Register::RAX && writes(u.access()));
-            for i in 0..instruction.op_count() {
-                if instruction.op_kind(i) != OpKind::Register {
-                    continue;
-                }
-                let register = instruction.op_register(i);
-                if !is_high_byte(register) {
-                    continue;
-                }
-                high_byte = true;
-                if memory {
-                    let guest = register.full_register().number();
-                    plan.high = Some((guest, writes(info.op_access(i))));
-                }
+        for i in 0..instruction.op_count() {
+            if instruction.op_kind(i) != OpKind::Register {
+                continue;
+            }
+            let register = instruction.op_register(i);
+            if !is_high_byte(register) {
+                continue;
+            }
+            high_byte = true;
+            if memory {
+                let guest = register.full_register().number();
+                plan.high = Some((guest, writes(self.op_access(instruction, i))));
             }
         }
         if high_byte && !memory {
@@ -447,6 +467,7 @@ impl Lower<'_> {
                     && instruction.op_register(i).full_register() == Register::RSP
             });
         }
+        plan.rax_written = plan.rax && self.writes_register(instruction, gpr::RAX);
         if plan.low_rsp && !free.contains(&T0)
             || plan.high.is_some() && plan.rax && !free.contains(&T1)
         {
@@ -475,7 +496,6 @@ impl Lower<'_> {
                 continue;
             }
             let guest = register.full_register().number();
-            let access = self.tools.info.info(&original).op_access(i);
             let host = if is_high_byte(register) && plan.high.is_some() {
                 // with an implicit accumulator (CMPXCHG) it goes to the other temporary
                 let to = if plan.rax { sized(T1, 1) } else { Register::AL };
@@ -490,11 +510,12 @@ impl Lower<'_> {
             } else if let Some((_, temp, written)) =
                 plan.spilled.iter_mut().flatten().find(|s| s.0 == guest)
             {
-                *written |= writes(access);
+                *written |= writes(self.op_access(&original, i));
                 *temp
             } else {
                 let temp = *free.get(used)?;
-                plan.spilled[used] = Some((guest, temp, writes(access)));
+                let written = writes(self.op_access(&original, i));
+                plan.spilled[used] = Some((guest, temp, written));
                 plan.uses_rax |= temp == RAX;
                 used += 1;
                 temp

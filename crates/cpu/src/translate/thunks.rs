@@ -8,8 +8,8 @@ use super::asm::{
     Alu, Asm, GUEST_RAX, HOME, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Reg, T0, T1, cc, slot,
 };
 use super::lower::meta;
-use super::repeat;
 use super::transfer::{jump_through_cache, jump_through_neighbour};
+use super::{draft, repeat};
 use crate::mmu::{
     AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, jump_table, tlb_number, window_kind,
 };
@@ -22,7 +22,7 @@ use crate::state::{WINDOWS, Window, WindowSet, state_offset};
 pub(crate) enum Leave {
     /// `rip` has no block in the jump cache.
     Lookup = 0,
-    /// As `Lookup`, and the jump whose number is in `temp[0]` may be chained.
+    /// As `Lookup`, and a jump may be chained: the one whose stub's end is in `temp[0]`.
     Link = 1,
     /// The instruction at `rip` is for `system::execute`; its number is in `temp[0]`.
     System = 2,
@@ -38,6 +38,9 @@ pub(crate) enum Leave {
     Fault = 7,
     /// As `Lookup`, for a block that checks every access by itself.
     Apart = 8,
+    /// A draft was to begin; the address behind its first instruction is in `temp[0]`. The
+    /// attention word was set, it was thrown away, or it is to be made anew as a whole.
+    Draft = 9,
 }
 
 impl Leave {
@@ -51,6 +54,7 @@ impl Leave {
             6 => Self::Branch,
             7 => Self::Fault,
             8 => Self::Apart,
+            9 => Self::Draft,
             _ => Self::Attention,
         }
     }
@@ -92,6 +96,7 @@ pub(crate) struct Thunks {
     pub(crate) fpu_load: u64,
     pub(crate) commit: u64,
     pub(crate) apart: u64,
+    pub(crate) draft: draft::Thunks,
     /// Slow path of an access, through the TLB first. Indexed by [`slow_index`].
     pub(crate) slow: [u64; TLBS],
     /// The same without the TLB.
@@ -200,7 +205,9 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
     };
     thunks.lookup = out(a, Leave::Lookup, false);
     thunks.apart = out(a, Leave::Apart, false);
-    thunks.link = out(a, Leave::Link, true);
+    thunks.link = a.here();
+    a.pop(T1);
+    out(a, Leave::Link, true);
     for rights in Rights::ALL {
         let lookup = neighbour(a, rights, thunks.lookup);
         thunks.far_lookup[rights as usize] = lookup;
@@ -236,6 +243,7 @@ pub(crate) fn emit(a: &mut Asm, mask: u32, callbacks: &Callbacks) -> Thunks {
             thunks.slow[index] = through_tlb(a, rights, store, thunks.slow_always[index]);
         }
     }
+    thunks.draft = draft::emit(a, &thunks.slow_always, leave);
     thunks
 }
 

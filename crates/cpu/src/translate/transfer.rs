@@ -12,7 +12,7 @@ use super::asm::{Alu, Asm, GUEST_RSP, RAX, RCX, RSP, Reg, T0, T1, cc, slot};
 use super::lower::{Flags, Lower, meta};
 use crate::mmu::{
     AddressSpace, JUMP_ENTRIES, JUMP_HASH, JUMP_NEIGHBOUR, JUMP_SHIFT, JumpEntry, Rights,
-    jump_table,
+    jump_entries, jump_index, jump_table,
 };
 use crate::returns::stack_number;
 use crate::state::{efer, gpr, rflags, segment, state_offset};
@@ -39,8 +39,13 @@ fn frame(value: i32) -> i32 {
     state_offset!(frame) + 8 * value
 }
 
+/// Offset in the address space of the line of a jump cache that `target` is in.
+pub(super) fn jump_line_offset(table: usize, target: u64) -> i32 {
+    jumps_offset(table) + (jump_index(table, target) * size_of::<JumpEntry>()) as i32
+}
+
 /// Offset of jump cache number `table` in the address space.
-pub(super) fn jumps_offset(table: usize) -> i32 {
+fn jumps_offset(table: usize) -> i32 {
     let table = table * size_of::<[JumpEntry; JUMP_ENTRIES]>();
     (std::mem::offset_of!(AddressSpace, jumps) + table) as i32
 }
@@ -48,7 +53,7 @@ pub(super) fn jumps_offset(table: usize) -> i32 {
 /// Goes on at the guest address in T0, if the jump cache knows it. Returns the jump to aim
 /// for when it does not; T0 is still the address there. Clobbers T1 and the host's flags.
 pub(super) fn jump_through_cache(a: &mut Asm, table: usize) -> usize {
-    jump_line(a, T1, 0);
+    jump_line(a, T1, table, 0);
     let entry = jumps_offset(table);
     a.alu_mem(Alu::Cmp, T0, T1, entry);
     let miss = a.jcc_forward(cc::NE);
@@ -59,7 +64,7 @@ pub(super) fn jump_through_cache(a: &mut Asm, table: usize) -> usize {
 /// As `jump_through_cache`, in the neighbouring line. Keeps T1, but for when it jumps; RAX,
 /// which it clobbers, is taken from `temp[1]` then.
 pub(super) fn jump_through_neighbour(a: &mut Asm, table: usize) -> usize {
-    jump_line(a, RAX, JUMP_NEIGHBOUR);
+    jump_line(a, RAX, table, JUMP_NEIGHBOUR);
     let entry = jumps_offset(table);
     a.alu_mem(Alu::Cmp, T0, RAX, entry);
     let miss = a.jcc_forward(cc::NE);
@@ -75,11 +80,11 @@ pub(super) fn jump_through_neighbour(a: &mut Asm, table: usize) -> usize {
 
 /// The distance of a line from the first of the first table, plus the address space: into
 /// `to`, for the guest address in T0. `change` are bits of its number to change.
-fn jump_line(a: &mut Asm, to: Reg, change: usize) {
+fn jump_line(a: &mut Asm, to: Reg, table: usize, change: usize) {
     let entry = size_of::<JumpEntry>();
     a.multiply(to, T0, JUMP_HASH as i32);
     a.shift(5, to, JUMP_SHIFT - entry.trailing_zeros() as u8);
-    a.and32(to, ((JUMP_ENTRIES - 1) * entry) as u32);
+    a.and32(to, ((jump_entries(table) - 1) * entry) as u32);
     if change != 0 {
         a.alu_imm(Alu::Xor, to, (change * entry) as i32);
     }

@@ -18,7 +18,7 @@ use iced_x86::{
     Mnemonic, OpKind, Register, UsedMemory, UsedRegister,
 };
 
-use super::lower::Lowered;
+use super::lower::{Lowered, meta};
 use super::thunks::Thunks;
 use crate::mmu::{AddressSpace, JumpEntry, Rights};
 use crate::returns::stack_number;
@@ -205,6 +205,11 @@ fn changes_stack(i: &Instruction) -> bool {
     }
 }
 
+/// 1 if an access with this word is a store.
+fn stores(what: u32) -> usize {
+    usize::from(what & meta::STORE != 0)
+}
+
 /// Where memory is read and written.
 fn memory(
     code: &Code64<'_>,
@@ -285,23 +290,15 @@ impl Code64<'_> {
     /// Whether control may go where the instruction sends it.
     fn flow(&self, i: &Instruction, facts: &Facts) -> Result<(), &'static str> {
         let t = self.thunks;
-        if facts.pushed.is_some() && self.slow_thunk(i).is_none() {
+        if facts.pushed.is_some() && self.slow_thunk(i).is_none() && !self.is_pushed_check(i) {
             return Err("a word on the stack that no slow path takes");
         }
         match i.flow_control() {
             FlowControl::Next => Ok(()),
             FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
                 let target = i.near_branch_target();
-                let outs = [
-                    t.lookup,
-                    t.apart,
-                    t.link,
-                    t.branch,
-                    t.system,
-                    t.attention,
-                    t.fault,
-                ];
-                let far = [t.far_lookup, t.far_branch];
+                let outs = [t.lookup, t.apart, t.branch, t.system, t.attention, t.fault];
+                let far = [t.far_lookup, t.far_branch, t.unchained];
                 let mut outs = outs.iter().chain(far.as_flattened()).chain(&t.returned);
                 if self.is_inside(target) || outs.any(|t| *t == target) {
                     Ok(())
@@ -310,12 +307,15 @@ impl Code64<'_> {
                 }
             }
             FlowControl::Call => {
-                let slow = self.slow_thunk(i).is_some() && facts.pushed.is_some();
+                let slow = self.slow_thunk(i).is_some() || self.is_pushed_check(i);
+                let slow = slow && facts.pushed.is_some();
+                let others = [t.commit, t.fpu_load, t.link, t.draft.entry];
                 if i.code() == Code::Call_rel32_64
                     && (slow
                         || self.is_inside(i.near_branch_target())
                         || self.is_repeat(i)
-                        || [t.commit, t.fpu_load].contains(&i.near_branch_target()))
+                        || t.draft.checks(i.near_branch_target()).is_some()
+                        || others.contains(&i.near_branch_target()))
                 {
                     Ok(())
                 } else {
@@ -355,6 +355,27 @@ impl Code64<'_> {
             .contains(&i.near_branch_target())
     }
 
+    /// Whether the check of a draft's access is called whose word was pushed.
+    fn is_pushed_check(&self, i: &Instruction) -> bool {
+        self.thunks
+            .draft
+            .check_pushed
+            .contains(&i.near_branch_target())
+    }
+
+    /// What a draft's check that is called has checked.
+    fn draft_check(&self, i: &Instruction, pushed: Option<u32>) -> Option<u32> {
+        let draft = &self.thunks.draft;
+        let store = draft
+            .check_pushed
+            .iter()
+            .position(|t| *t == i.near_branch_target());
+        let right = |what: &u32| store.is_some_and(|index| index & 1 == stores(*what));
+        draft
+            .checks(i.near_branch_target())
+            .or_else(|| pushed.filter(right))
+    }
+
     /// Which slow path is called: whether for a store.
     fn slow_thunk(&self, i: &Instruction) -> Option<bool> {
         let is_it = |thunk: &u64| *thunk == i.near_branch_target();
@@ -370,13 +391,17 @@ impl Code64<'_> {
     fn next(&self, index: usize) -> Result<Vec<(usize, bool)>, &'static str> {
         let i = &self.all[index];
         let mut next = Vec::new();
-        if !matches!(
-            i.flow_control(),
-            FlowControl::UnconditionalBranch
-                | FlowControl::IndirectBranch
-                | FlowControl::Return
-                | FlowControl::Exception
-        ) {
+        let links =
+            i.flow_control() == FlowControl::Call && i.near_branch_target() == self.thunks.link;
+        if !links
+            && !matches!(
+                i.flow_control(),
+                FlowControl::UnconditionalBranch
+                    | FlowControl::IndirectBranch
+                    | FlowControl::Return
+                    | FlowControl::Exception
+            )
+        {
             next.push((self.following(index)?, false));
         }
         let branch = matches!(

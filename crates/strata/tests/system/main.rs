@@ -13,6 +13,7 @@ mod endings;
 mod guest;
 mod host;
 mod kernels;
+mod memory;
 mod multiboot;
 mod programs;
 mod pty;

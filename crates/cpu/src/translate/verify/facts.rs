@@ -8,7 +8,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register, UsedRegi
 use super::Code64;
 use crate::mmu::{
     AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry, Rights, TLB_ENTRIES, TLBS, TlbEntry,
-    WINDOW_KINDS, tlb_number,
+    WINDOW_KINDS, jump_entries, tlb_number,
 };
 use crate::state::{WINDOWS, Window, state_offset};
 use crate::translate::lower::meta;
@@ -249,6 +249,9 @@ impl Facts {
             }
             return Ok(());
         }
+        if let Some(what) = code.draft_check(i, pushed) {
+            return self.checked(what);
+        }
         let Some(store) = code.slow_thunk(i) else {
             // `fpu_load` uses it
             self.registers[T1] = fresh(index, T1 as u64, false);
@@ -258,6 +261,11 @@ impl Facts {
         if (what & meta::STORE != 0) != store {
             return Err("a slow path of another kind");
         }
+        self.checked(what)
+    }
+
+    /// An access at T0 was checked; T1 is the distance.
+    fn checked(&mut self, what: u32) -> Result<(), &'static str> {
         let Value::Plain { sym, off } = self.registers[T0] else {
             return Err("a slow path without an address");
         };
@@ -265,7 +273,7 @@ impl Facts {
             sym,
             low: off,
             size: i64::from(what & meta::SIZE),
-            store,
+            store: what & meta::STORE != 0,
         });
         Ok(())
     }
@@ -541,6 +549,8 @@ fn is_jump_line(at: i64, most: u32) -> bool {
     let table = JUMP_ENTRIES as i64 * line;
     let inside = (0..table * JUMP_TABLES as i64).contains(&from);
     let one = most == 0 && inside;
-    let any = i64::from(most) == table - line && inside && from % table == 0;
+    let number = (from / table) as usize;
+    let any =
+        inside && from % table == 0 && i64::from(most) == (jump_entries(number) as i64 - 1) * line;
     offset_of!(JumpEntry, pc) == 0 && from % line == 0 && (one || any)
 }

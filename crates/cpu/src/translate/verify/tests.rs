@@ -41,17 +41,15 @@ impl Translator {
         }
     }
 
-    fn translate(&mut self, bytes: &[u8], mode: Mode) -> Option<Lowered> {
+    fn translate(&mut self, bytes: &[u8], mode: Mode, draft: bool) -> Option<Lowered> {
         let source = Source {
             start: start(mode),
             bytes,
             mode,
             crossing: false,
+            draft,
         };
-        let numbers = Numbers {
-            first_system: 0,
-            first_exit: 0,
-        };
+        let numbers = Numbers { first_system: 0 };
         let table = &self.table;
         let offered = |feature| table.offered(feature);
         let translated = translate(
@@ -73,12 +71,21 @@ impl Translator {
 
     #[track_caller]
     fn holds(&mut self, bytes: &[u8], mode: Mode) {
-        if let Some(block) = self.translate(bytes, mode)
+        self.holds_as(bytes, mode, false);
+        if mode.has_drafts() {
+            self.holds_as(bytes, mode, true);
+        }
+    }
+
+    #[track_caller]
+    fn holds_as(&mut self, bytes: &[u8], mode: Mode, draft: bool) {
+        if let Some(block) = self.translate(bytes, mode, draft)
             && let Err(broken) = self.verify(&block)
         {
             let bits = mode.legacy.map_or(64, |legacy| legacy.bitness());
             let guest = Decoder::with_ip(bits, bytes, start(mode), DecoderOptions::NONE).decode();
-            panic!("{broken}\nin the block for {bytes:02x?}, which begins with {guest}");
+            let form = if draft { "draft" } else { "block" };
+            panic!("{broken}\nin the {form} for {bytes:02x?}, which begins with {guest}");
         }
     }
 }
@@ -302,7 +309,9 @@ fn accesses_that_share_a_check_stay_within_what_was_checked() {
 #[track_caller]
 fn fault_of(old: &[u8], new: &[u8]) -> String {
     let mut translator = Translator::new();
-    let mut block = translator.translate(&[0x48, 0x8b, 0x03], USER).unwrap();
+    let mut block = translator
+        .translate(&[0x48, 0x8b, 0x03], USER, false)
+        .unwrap();
     translator.verify(&block).unwrap();
     let starts = |at: &usize| block.code[*at..].starts_with(old);
     let at = (0..block.code.len()).find(starts).unwrap();
@@ -350,4 +359,33 @@ fn a_block_that_breaks_a_rule_is_found() {
         let fault = fault_of(old, new);
         assert!(fault.contains(expected), "{new:02x?}: {fault}");
     }
+}
+
+#[test]
+fn a_draft_that_does_more_than_its_thunk_checked_is_found() {
+    let mut translator = Translator::new();
+    let mut block = translator
+        .translate(&[0x48, 0x8b, 0x03], USER, true)
+        .unwrap();
+    translator.verify(&block).unwrap();
+    let at = (0..block.code.len())
+        .find(|at| block.code[*at..].starts_with(&LOAD))
+        .unwrap();
+
+    // mov [rbx + r11], r9
+    block.code[at..at + 4].copy_from_slice(&[0x4e, 0x89, 0x0c, 0x1b]);
+    assert!(
+        translator
+            .verify(&block)
+            .unwrap_err()
+            .contains("stores where a load")
+    );
+    // mov r9, [rcx + r11]
+    block.code[at..at + 4].copy_from_slice(&[0x4e, 0x8b, 0x0c, 0x19]);
+    assert!(
+        translator
+            .verify(&block)
+            .unwrap_err()
+            .contains("not the address")
+    );
 }
