@@ -51,6 +51,17 @@ pub(crate) fn measure(
     command: &mut Command,
     limits: Limits,
 ) -> Result<Measured, Error> {
+    follow(what, command, limits, |_, _| {})
+}
+
+/// As [`measure`], and calls `heard` with the process and all that it has written to standard
+/// output so far, whenever that has grown.
+pub(crate) fn follow(
+    what: &str,
+    command: &mut Command,
+    limits: Limits,
+    mut heard: impl FnMut(u32, &[u8]),
+) -> Result<Measured, Error> {
     command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -60,8 +71,14 @@ pub(crate) fn measure(
     let (signs, life) = mpsc::channel();
     let watchdog = watch(&child, limits, life);
     let errors = child.stderr.take();
-    let errors = errors.map(|pipe| thread::spawn(move || drain(pipe, &mpsc::channel().0)));
-    let output = child.stdout.take().map(|pipe| drain(pipe, &signs));
+    let errors = errors.map(|pipe| thread::spawn(move || drain(pipe, |_| {})));
+    let id = child.id();
+    let output = child.stdout.take().map(|pipe| {
+        drain(pipe, |bytes| {
+            heard(id, bytes);
+            let _ = signs.send(());
+        })
+    });
     let output = output.unwrap_or_default();
     let status = child.wait().map_err(start(what))?;
     let wall = begin.elapsed();
@@ -111,12 +128,13 @@ fn watch(child: &Child, limits: Limits, signs: mpsc::Receiver<()>) -> thread::Jo
     })
 }
 
-fn drain(mut pipe: impl Read, signs: &mpsc::Sender<()>) -> String {
+/// Reads to the end, calling `heard` with all that came so far.
+fn drain(mut pipe: impl Read, mut heard: impl FnMut(&[u8])) -> String {
     let mut bytes = Vec::new();
     let mut part = [0; 4096];
     while let Ok(count @ 1..) = pipe.read(&mut part) {
         bytes.extend_from_slice(&part[..count]);
-        let _ = signs.send(());
+        heard(&bytes);
     }
     String::from_utf8_lossy(&bytes).into_owned()
 }

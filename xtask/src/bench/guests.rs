@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::Side;
-use super::parts::{DONE, Parts, ROWS, SCRIPT, STARTED};
+use super::parts::{ASLEEP, AWAKE, DONE, PARALLEL, Parts, ROWS, SCRIPT, SLEEPS, STARTED};
 use crate::process::{self, Limits, Measured};
 use crate::{Error, checks};
 
@@ -22,12 +24,13 @@ const ATTEMPTS: u32 = 5;
 /// A machine to measure.
 pub(crate) trait Guest {
     fn side(&self) -> Side;
-    /// The command that boots `parts` with `words` added to the kernel's command line, and
-    /// ends when the guest reboots.
+    /// The command that boots `parts` with `words` added to the kernel's command line and one
+    /// CPU, and ends when the guest reboots.
     fn command(&self, parts: &Parts, words: &str) -> Command;
 }
 
 /// Strata, as built from this tree.
+#[derive(Clone)]
 pub(crate) struct Strata {
     program: PathBuf,
 }
@@ -54,9 +57,16 @@ impl Guest for Strata {
     }
 
     fn command(&self, parts: &Parts, words: &str) -> Command {
+        self.with_cpus(1, parts, words)
+    }
+}
+
+impl Strata {
+    fn with_cpus(&self, cpus: u32, parts: &Parts, words: &str) -> Command {
         let mut command = Command::new(&self.program);
         command
-            .args(["run", "--accel", "soft", "--cpus", "1", "--memory", MEMORY])
+            .args(["run", "--accel", "soft", "--memory", MEMORY])
+            .args(["--cpus", &cpus.to_string()])
             .arg("--stats=json")
             .arg("--kernel")
             .arg(&parts.kernel)
@@ -164,6 +174,90 @@ pub(crate) fn rows(guest: &dyn Guest, parts: &Parts) -> Result<Vec<(String, f64)
     parse(&format!("{:?}", guest.side()), &done.output)
 }
 
+/// Wall time of the load for two CPUs, on this many, as measured inside the guest.
+pub(crate) fn parallel(strata: &Strata, parts: &Parts, cpus: u32) -> Result<f64, Error> {
+    let mut command = strata.with_cpus(cpus, parts, PARALLEL);
+    let done = process::measure("Strata", &mut command, LIMITS)?;
+    complete("Strata", &done.output)?;
+    parse_parallel("Strata", &done.output)
+}
+
+/// The same on this host, on this many of its CPUs.
+pub(crate) fn native_parallel(parts: &Parts, cpus: usize) -> Result<f64, Error> {
+    let failed = |source: rustix::io::Errno| Error::Start {
+        what: "parallel".to_owned(),
+        source: source.into(),
+    };
+    // children inherit it
+    let all = sched_getaffinity(None).map_err(failed)?;
+    let mut some = CpuSet::new();
+    for cpu in (0..CpuSet::MAX_CPU)
+        .filter(|cpu| all.is_set(*cpu))
+        .take(cpus)
+    {
+        some.set(cpu);
+    }
+    sched_setaffinity(None, &some).map_err(failed)?;
+    let done = process::measure("parallel", &mut Command::new(&parts.parallel), LIMITS);
+    sched_setaffinity(None, &all).map_err(failed)?;
+    parse_parallel("parallel", &done?.output)
+}
+
+fn parse_parallel(what: &str, output: &str) -> Result<f64, Error> {
+    let seconds = output.lines().find_map(|line| {
+        line.split_once("PARALLEL ")?
+            .1
+            .split(' ')
+            .next()?
+            .parse()
+            .ok()
+    });
+    seconds.ok_or_else(|| Error::Output(format!("{what} printed no time, but:\n{output}")))
+}
+
+/// How a guest slept, as the host saw it.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub(crate) struct Slept {
+    /// How long, in seconds.
+    pub(crate) seconds: f64,
+    /// Processor time that the machine took meanwhile, in seconds.
+    pub(crate) busy: f64,
+}
+
+/// Has a guest sleep for [`SLEEP`](super::parts::SLEEP) seconds.
+pub(crate) fn sleep(strata: &Strata, parts: &Parts) -> Result<Slept, Error> {
+    let (mut asleep, mut awake) = (None, None);
+    let mut command = strata.with_cpus(1, parts, SLEEPS);
+    let done = process::follow("Strata", &mut command, LIMITS, |id, said| {
+        let said = String::from_utf8_lossy(said);
+        for (mark, at) in [(ASLEEP, &mut asleep), (AWAKE, &mut awake)] {
+            if at.is_none() && said.contains(mark) {
+                *at = processor_time(id).map(|busy| (Instant::now(), busy));
+            }
+        }
+    })?;
+    let (Some((from, before)), Some((to, after))) = (asleep, awake) else {
+        let said = done.output;
+        return Err(Error::Output(format!(
+            "Strata did not sleep, but said:\n{said}"
+        )));
+    };
+    Ok(Slept {
+        seconds: (to - from).as_secs_f64(),
+        busy: after - before,
+    })
+}
+
+/// Processor time of all threads of a process, in seconds: fields 14 and 15 of proc_pid_stat(5).
+fn processor_time(id: u32) -> Option<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let ticks = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
+    #[expect(clippy::cast_precision_loss, reason = "a hundred or a thousand")]
+    let rate = rustix::param::clock_ticks_per_second() as f64;
+    Some(ticks / rate)
+}
+
 /// The rows on this host.
 pub(crate) fn native_rows(parts: &Parts) -> Result<Vec<(String, f64)>, Error> {
     let mut command = Command::new(&parts.program);
@@ -215,6 +309,23 @@ mod tests {
         let errors = "strata: x\n{\"memory_kib\":{\"code_cache\":1,\"total\":9}}\n";
         assert_eq!(held(errors), Some(9));
         assert_eq!(held("strata: x\n"), None);
+    }
+
+    #[test]
+    fn the_time_of_a_parallel_load_is_found() {
+        let time = parse_parallel("x", "[ 1.0] x\r\nPARALLEL 0.5 sum 7\r\n").unwrap();
+        assert!((time - 0.5).abs() < 1e-12);
+        assert!(parse_parallel("x", "PARALLEL").is_err());
+    }
+
+    #[test]
+    fn processor_time_grows_with_work() {
+        let id = std::process::id();
+        let before = processor_time(id).unwrap();
+        let mut sum = 0_u64;
+        while processor_time(id).unwrap() <= before {
+            sum = (0..1_000_000).fold(sum, |sum, i| std::hint::black_box(sum ^ i));
+        }
     }
 
     #[test]

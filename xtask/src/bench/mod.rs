@@ -18,24 +18,18 @@ use clap::ValueEnum;
 
 use crate::{Error, packages};
 use guests::{Guest, Strata, Tcg};
-use parts::Parts;
+use parts::{Parts, SLEEP};
 use report::{Report, Row};
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Boots of each machine; the median counts
+    /// How often each is measured; the median counts. A row is the best of three in itself
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Rounds of the rows; each row is the best of three in itself, the median counts
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    row_runs: u32,
-    /// Leave out the boots
-    #[arg(long, conflicts_with = "boot_only")]
-    rows_only: bool,
-    /// Leave out the rows
-    #[arg(long)]
-    boot_only: bool,
+    /// Measure only this, instead of all
+    #[arg(long, value_enum, value_name = "PART")]
+    only: Vec<Part>,
     /// Sides to leave out, for work on the others
     #[arg(long, value_enum)]
     skip: Vec<Side>,
@@ -56,6 +50,19 @@ pub(crate) enum Side {
     Strata,
     /// QEMU's TCG
     Tcg,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// A whole boot to the first process, and what memory it holds
+    Boot,
+    /// The rows of the benchmark program
+    Rows,
+    /// What a second CPU brings; of Strata and the host
+    Cpus,
+    /// How a guest sleeps, and what that costs; of Strata
+    Sleep,
 }
 
 /// Form of the report.
@@ -108,34 +115,63 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
         guests.push(Box::new(Tcg::new(packages::QEMU.require()?)));
     }
     let parts = Parts::make()?;
-    if wanted(Side::Strata) {
-        guests.insert(
-            0,
-            Box::new(match &args.strata {
-                Some(program) => Strata::at(program),
-                None => Strata::build()?,
-            }),
-        );
-    }
+    let strata = if wanted(Side::Strata) {
+        let strata = match &args.strata {
+            Some(program) => Strata::at(program),
+            None => Strata::build()?,
+        };
+        guests.insert(0, Box::new(strata.clone()));
+        Some(strata)
+    } else {
+        None
+    };
+    let measured = |part| args.only.is_empty() || args.only.contains(&part);
 
-    let (boot, held) = if args.rows_only {
-        (None, None)
-    } else {
+    let mut report = Report::default();
+    if measured(Part::Boot) {
         let (row, held) = boots(&guests, &parts, args.runs)?;
-        (Some(row), held)
-    };
-    let rows = if args.boot_only {
-        Vec::new()
-    } else {
+        (report.boot, report.held) = (Some(row), held);
+    }
+    if measured(Part::Rows) {
+        report.rows = rows(&guests, &parts, args.runs, wanted(Side::Native))?;
+    }
+    if measured(Part::Cpus) {
         let native = wanted(Side::Native);
-        rows(&guests, &parts, args.row_runs, native)?
-    };
-    let report = Report::new(boot, rows, held);
+        report.parallel = Some(parallel(strata.as_ref(), &parts, args.runs, native)?);
+    }
+    if let (true, Some(strata)) = (measured(Part::Sleep), &strata) {
+        eprintln!("sleep of {SLEEP} s");
+        report.slept = Some(guests::sleep(strata, &parts)?);
+    }
     match args.output {
         Form::Text => print!("{report}"),
         Form::Json => println!("{}", report.json()),
     }
     Ok(())
+}
+
+/// Runs the load for two CPUs on one and on two, of the guest and of the host, in turn.
+fn parallel(
+    strata: Option<&Strata>,
+    parts: &Parts,
+    runs: u32,
+    native: bool,
+) -> Result<[Row; 2], Error> {
+    let names = ["on one CPU", "on two CPUs"];
+    let mut times = Times::default();
+    for run in 1..=runs {
+        for (cpus, name) in (1..).zip(names) {
+            eprintln!("parallel load {run}/{runs} {name}");
+            if native {
+                let seconds = guests::native_parallel(parts, cpus as usize)?;
+                times.add(name, Side::Native, seconds);
+            }
+            if let Some(strata) = strata {
+                times.add(name, Side::Strata, guests::parallel(strata, parts, cpus)?);
+            }
+        }
+    }
+    Ok(names.map(|name| times.row(name)))
 }
 
 /// Boots every machine `runs` times, in turn. Also gives the most that Strata held of the host's

@@ -4,6 +4,9 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::guests::Slept;
+use super::parts::SLEEP;
+
 /// One line: medians in seconds.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Row {
@@ -25,13 +28,16 @@ impl Row {
     }
 }
 
-/// All that was measured.
-#[derive(Debug)]
+/// All that was measured; what was not is absent.
+#[derive(Debug, Default)]
 pub(crate) struct Report {
-    boot: Option<Row>,
-    rows: Vec<Row>,
+    pub(crate) boot: Option<Row>,
+    pub(crate) rows: Vec<Row>,
     /// Host memory that a booted machine of Strata's held beyond the guest's own, in KiB.
-    held: Option<u64>,
+    pub(crate) held: Option<u64>,
+    /// A load for two CPUs, on one and on two.
+    pub(crate) parallel: Option<[Row; 2]>,
+    pub(crate) slept: Option<Slept>,
 }
 
 #[derive(Serialize)]
@@ -53,16 +59,14 @@ impl<'a> From<&'a Row> for WithRatios<'a> {
 }
 
 impl Report {
-    pub(crate) fn new(boot: Option<Row>, rows: Vec<Row>, held: Option<u64>) -> Self {
-        Self { boot, rows, held }
-    }
-
     pub(crate) fn json(&self) -> String {
         let rows: Vec<WithRatios<'_>> = self.rows.iter().map(Into::into).collect();
         let value = serde_json::json!({
             "boot": self.boot.as_ref().map(WithRatios::from),
             "rows": rows,
             "held_kib": self.held,
+            "parallel": self.parallel,
+            "sleep": self.slept,
             "geometric_mean": {
                 "tcg_by_strata": self.mean(Row::tcg_by_strata),
                 "strata_by_native": self.mean(Row::strata_by_native),
@@ -94,14 +98,16 @@ impl fmt::Display for Report {
             }
             writeln!(f)
         };
-        line([
-            "",
-            "native s",
-            "Strata s",
-            "TCG s",
-            "TCG/Strata",
-            "Strata/native",
-        ])?;
+        if self.boot.is_some() || !self.rows.is_empty() {
+            line([
+                "",
+                "native s",
+                "Strata s",
+                "TCG s",
+                "TCG/Strata",
+                "Strata/native",
+            ])?;
+        }
         for row in self.boot.iter().chain(&self.rows) {
             line([
                 &row.name,
@@ -122,10 +128,28 @@ impl fmt::Display for Report {
                 &cell(self.mean(Row::strata_by_native), 2),
             ])?;
         }
-        let Some(held) = self.held else {
-            return Ok(());
-        };
-        writeln!(f, "host memory beyond the guest's after a boot: {held} KiB")
+        if let Some([one, two]) = &self.parallel {
+            let times = |side: fn(&Row) -> Option<f64>| Some(side(one)? / side(two)?);
+            writeln!(
+                f,
+                "two CPUs, a parallel load: {} s to {} s, {} times faster; the host itself {} times",
+                cell(one.strata, 2),
+                cell(two.strata, 2),
+                cell(times(|row| row.strata), 2),
+                cell(times(|row| row.native), 2),
+            )?;
+        }
+        if let Some(Slept { seconds, busy }) = self.slept {
+            let share = 100.0 * busy / seconds;
+            writeln!(
+                f,
+                "a sleep of {SLEEP} s took {seconds:.3} s, and {share:.1} % of a core"
+            )?;
+        }
+        if let Some(held) = self.held {
+            writeln!(f, "host memory beyond the guest's after a boot: {held} KiB")?;
+        }
+        Ok(())
     }
 }
 
@@ -144,7 +168,10 @@ mod tests {
 
     #[test]
     fn ratios_are_averaged_geometrically() {
-        let report = Report::new(None, vec![row(1.0, 2.0, 4.0), row(1.0, 1.0, 8.0)], None);
+        let report = Report {
+            rows: vec![row(1.0, 2.0, 4.0), row(1.0, 1.0, 8.0)],
+            ..Report::default()
+        };
         let mean = report.mean(Row::tcg_by_strata).unwrap();
         assert!((mean - 4.0).abs() < 1e-12);
         assert!(report.json().contains("tcg_by_strata"));
@@ -154,7 +181,11 @@ mod tests {
     fn a_side_that_was_left_out_is_a_dash() {
         let mut only = row(1.0, 2.0, 4.0);
         only.strata = None;
-        let text = Report::new(None, vec![only], None).to_string();
+        let report = Report {
+            rows: vec![only],
+            ..Report::default()
+        };
+        let text = report.to_string();
         assert!(text.contains('-') && !text.contains("NaN"), "{text}");
     }
 }
