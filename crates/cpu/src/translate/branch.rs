@@ -144,6 +144,7 @@ impl Lower<'_> {
     /// Goes on where a direct CALL leads to, and behind it when that has returned.
     fn call(&mut self, instruction: &Instruction) {
         let target = instruction.near_branch_target();
+        self.settle_stack();
         if !self.pairs_returns() {
             return self.fall_through(target);
         }
@@ -162,6 +163,7 @@ impl Lower<'_> {
 
     /// As `call`, to the guest address in T0.
     fn indirect_call(&mut self, instruction: &Instruction) {
+        self.settle_stack();
         if !self.pairs_returns() {
             return self.jump_to_t0(instruction);
         }
@@ -188,6 +190,7 @@ impl Lower<'_> {
 
     /// A return to the guest address in T0.
     fn return_to_t0(&mut self, instruction: &Instruction) {
+        self.settle_stack();
         if !self.pairs_returns() {
             return self.jump_to_t0(instruction);
         }

@@ -16,6 +16,7 @@ use super::classify::Class;
 use super::legacy::SegmentFault;
 use super::plain::is_harmless;
 use super::spans::Role;
+use super::stack::leaves_stack_pointer;
 use super::thunks::Thunks;
 use crate::mmu::{Rights, jump_table};
 use crate::segmentation::Legacy;
@@ -209,6 +210,8 @@ pub(crate) struct Lower<'a> {
     silent: bool,
     /// The current instruction's access was checked with those before it; T1 is taken.
     pub(super) in_span: bool,
+    /// What guest RSP is to be moved by, where pushes or pops of a span follow each other.
+    pub(super) stack_moves: i32,
     fpu_check: Option<usize>,
     /// Indirect branches: where they look up in vain, and the branch's address.
     pub(super) misses: Vec<(usize, u64)>,
@@ -262,6 +265,7 @@ impl<'a> Lower<'a> {
             sites: Vec::new(),
             silent: false,
             in_span: false,
+            stack_moves: 0,
             fpu_check: None,
             misses: Vec::new(),
             calls: Vec::new(),
@@ -316,6 +320,9 @@ impl<'a> Lower<'a> {
         self.current = (instruction.ip() - self.start) as u16;
         self.silent = class == Class::Plain && is_harmless(instruction);
         self.site(self.flags);
+        if role != Role::Inside || !leaves_stack_pointer(instruction, class) {
+            self.settle_stack();
+        }
         if let Role::First(span) = role {
             self.begin_span(span, instruction);
         }
@@ -355,6 +362,7 @@ impl<'a> Lower<'a> {
     }
 
     fn system(&mut self, instruction: &Instruction) -> bool {
+        self.settle_stack();
         self.flags_into_ax();
         self.asm.mov_imm(T0, instruction.ip());
         self.asm
@@ -366,6 +374,7 @@ impl<'a> Lower<'a> {
 
     /// Ends the block by going on at `target`.
     pub(crate) fn fall_through(&mut self, target: u64) {
+        self.settle_stack();
         self.flags_into_ax();
         let jump = self.asm.jmp_forward();
         self.leave_at(jump, target);

@@ -1,11 +1,14 @@
 //! Stack operations: PUSH, POP, LEAVE, and what CALL and RET do to the stack.
 //!
-//! Called by `lower`. RSP changes after the access, so that a fault finds it as it was.
+//! Called by `lower`. RSP changes after the access, so that a fault finds it as it was; in a span,
+//! whose first access alone can fault, after all of them that follow each other. So calls do not
+//! wait for a chain of additions.
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::access::{Place, STACK_WINDOW, window_number};
 use super::asm::{GUEST_RSP, HOME, RBP, T0, T1};
+use super::classify::Class;
 use super::lower::{Flags, Lower, meta};
 use crate::state::{gpr, state_offset};
 
@@ -38,7 +41,7 @@ impl Lower<'_> {
     fn on_stack(&mut self, disp: i32, size: u32, what: u32, body: impl FnOnce(&mut Self, Place)) {
         let place = Place {
             base: GUEST_RSP,
-            disp,
+            disp: disp + self.stack_moves,
         };
         if self.in_span {
             body(self, place);
@@ -51,8 +54,20 @@ impl Lower<'_> {
         });
     }
 
+    /// Moves RSP, which may come later where nothing else of the span can fault.
     fn move_stack(&mut self, by: i32) {
-        self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, by, false);
+        self.stack_moves += by;
+        if !self.in_span {
+            self.settle_stack();
+        }
+    }
+
+    /// Makes the guest's RSP what it is to be.
+    pub(super) fn settle_stack(&mut self) {
+        let by = std::mem::take(&mut self.stack_moves);
+        if by != 0 {
+            self.asm.lea(GUEST_RSP, Some(GUEST_RSP), None, by, false);
+        }
     }
 
     fn push(&mut self, instruction: &Instruction) -> bool {
@@ -112,6 +127,9 @@ impl Lower<'_> {
             s.asm.load_at(home.unwrap_or(T0), place, size);
         });
         self.move_stack(size as i32);
+        if guest == gpr::RSP {
+            self.settle_stack();
+        }
         match (home, size) {
             (Some(_), _) => {}
             // POP SP keeps the upper bits of the incremented RSP
@@ -170,5 +188,34 @@ impl Lower<'_> {
             s.asm.store_at(place, T0, 8);
         });
         self.move_stack(-8);
+    }
+}
+
+/// Whether an instruction of a span neither reads RSP but to push and pop, nor can fault once the
+/// span has been checked, nor ends the block.
+pub(super) fn leaves_stack_pointer(instruction: &Instruction, class: Class) -> bool {
+    use Mnemonic as M;
+    let registers = 0..instruction.op_count();
+    let names_it = registers
+        .map(|i| instruction.op_register(i).full_register())
+        .any(|register| register == Register::RSP);
+    let memory = instruction.memory_base().full_register() == Register::RSP
+        || (0..instruction.op_count()).any(|i| instruction.op_kind(i) == OpKind::Memory);
+    let simple = matches!(
+        instruction.mnemonic(),
+        M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Xor | M::And | M::Or | M::Not | M::Neg
+    ) || matches!(
+        instruction.mnemonic(),
+        M::Add | M::Sub | M::Inc | M::Dec | M::Cmp | M::Test
+    );
+    match class {
+        Class::Nop => true,
+        Class::Plain => simple && !names_it && !memory,
+        Class::Stack => matches!(instruction.mnemonic(), M::Push | M::Pop) && !names_it && !memory,
+        Class::Branch => instruction.is_call_near() || instruction.mnemonic() == M::Ret,
+        Class::Special if instruction.mnemonic() == M::Lea => {
+            !names_it && instruction.memory_base().full_register() != Register::RSP
+        }
+        Class::Special | Class::Transfer | Class::System => false,
     }
 }
