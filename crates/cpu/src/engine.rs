@@ -129,7 +129,7 @@ impl Cpu {
     /// guest is told that the TSC runs at `tsc_khz`.
     pub fn new(crew: &Arc<Crew>, index: u32, tsc_khz: u32) -> Result<Self, Error> {
         let mask = host_extended_state()?;
-        let mut core = Core::new(crew, index, tsc_khz);
+        let mut core = Core::new(crew, index, tsc_khz)?;
         let mut returns = ReturnStacks::new().map_err(Error::ReturnStacks)?;
         let mut cache = CodeCache::new(CACHE_SIZE).map_err(Error::CodeCache)?;
         let mut asm = Asm::new(cache.base());

@@ -45,9 +45,12 @@ pub enum Error {
     /// Memory for the code cache could not be had.
     #[error("cannot map the code cache")]
     CodeCache(#[source] std::io::Error),
-    /// No memory for the return stacks.
-    #[error("cannot map the return stacks: {0}")]
+    /// Memory for the return stacks could not be had.
+    #[error("cannot map the return stacks")]
     ReturnStacks(#[source] std::io::Error),
+    /// Memory for the soft TLBs could not be had.
+    #[error("cannot map the soft TLBs")]
+    SoftTlbs(#[source] std::io::Error),
     /// The state asked for is one that this CPU does not run.
     #[error("{0}")]
     State(&'static str),

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use strata_memory::{GuestMemory, PAGE_SIZE};
 
+use crate::Error;
 use crate::bus::{Bus, Waker};
 use crate::crew::{Crew, Seat};
 use crate::exception::Exception;
@@ -130,7 +131,7 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(crew: &Arc<Crew>, index: u32, tsc_khz: u32) -> Self {
+    pub(crate) fn new(crew: &Arc<Crew>, index: u32, tsc_khz: u32) -> Result<Self, Error> {
         let state = StateRef::new();
         let seat = Seat::new(crew, index, Waker(Arc::clone(state.block())));
         let mut core = Self {
@@ -144,12 +145,12 @@ impl Core {
             seat,
             debug_hits: 0,
             fatal: None,
-            spaces: Spaces::new(),
+            spaces: Spaces::new().map_err(Error::SoftTlbs)?,
             selections: 0,
             clock: None,
         };
         core.select_space(false);
-        core
+        Ok(core)
     }
 
     pub(crate) fn user(&self) -> bool {

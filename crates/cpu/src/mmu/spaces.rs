@@ -25,9 +25,11 @@ unsafe impl Send for Spaces {}
 
 impl Spaces {
     /// None yet.
-    pub(super) fn new() -> Self {
-        let start = map().unwrap_or_else(|error| panic!("no memory for soft TLBs: {error}"));
-        Self { start, count: 0 }
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            start: map()?,
+            count: 0,
+        })
     }
 
     /// One more, unless there are as many as are kept; its index.

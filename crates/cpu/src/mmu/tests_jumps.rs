@@ -15,7 +15,7 @@ fn insert(space: &mut AddressSpace, pc: u64, code: u64) {
 
 #[test]
 fn two_addresses_of_one_line_are_both_found() {
-    let mut spaces = Spaces::new();
+    let mut spaces = Spaces::new().unwrap();
     let number = spaces.add().unwrap();
     let space = &mut spaces[number];
     let (first, second) = (0x40_1000, rival(0x40_1000));
@@ -27,7 +27,7 @@ fn two_addresses_of_one_line_are_both_found() {
 
 #[test]
 fn an_address_that_moved_to_the_neighbouring_line_is_forgotten_and_flushed() {
-    let mut spaces = Spaces::new();
+    let mut spaces = Spaces::new().unwrap();
     let number = spaces.add().unwrap();
     let space = &mut spaces[number];
     let (first, second) = (0x40_1000, rival(0x40_1000));
@@ -44,7 +44,7 @@ fn an_address_that_moved_to_the_neighbouring_line_is_forgotten_and_flushed() {
 
 #[test]
 fn address_0_is_in_no_line_of_an_empty_jump_cache() {
-    let mut spaces = Spaces::new();
+    let mut spaces = Spaces::new().unwrap();
     let number = spaces.add().unwrap();
     let space = &mut spaces[number];
     let empty = |space: &AddressSpace| {

@@ -101,7 +101,7 @@ impl Machine {
     pub(super) fn new() -> Self {
         let memory = GuestMemory::new(16 << 20).unwrap();
         let mut machine = Self {
-            core: Core::new(&Crew::new(memory, 1), 0, 0),
+            core: Core::new(&Crew::new(memory, 1), 0, 0).unwrap(),
             bus: TestBus::default(),
         };
         machine.build_pages();
