@@ -30,6 +30,7 @@ use crate::hash::BuildFast;
 use crate::mmu::{Core, Privilege, Target};
 use crate::paced::Pace;
 use crate::returns::ReturnStacks;
+use crate::roaming::Roaming;
 use crate::signal::{self, Window};
 use crate::startup::Startup;
 use crate::state::{State, cr4, gpr, rflags};
@@ -85,6 +86,7 @@ pub struct Cpu {
     blocks: Blocks,
     cache: CodeCache,
     wanted: Wanted,
+    roaming: Roaming,
     thunks: Thunks,
     thunks_end: usize,
     returns: ReturnStacks,
@@ -150,6 +152,7 @@ impl Cpu {
             blocks: Blocks::new(draft_out),
             cache,
             wanted: Wanted::default(),
+            roaming: Roaming::default(),
             thunks,
             thunks_end,
             returns,
@@ -219,6 +222,7 @@ impl Cpu {
         }
         self.blocks.clear(&mut self.cache, self.thunks_end);
         self.ripe = None;
+        self.roaming.clear();
         self.legacy_modes.clear();
         self.core.flush_jumps();
         self.statistics.flushes += 1;
@@ -580,7 +584,7 @@ impl Cpu {
             )));
         };
         let key = self.blocks.key(number);
-        let alone = key.mode.single || key.second.is_some();
+        let alone = key.mode.single;
         let state = &mut *self.core.state;
         state.rip = key.rip.wrapping_add(u64::from(site.guest));
         match site.flags {
@@ -633,7 +637,7 @@ fn loads_stack(instruction: &Instruction) -> bool {
 const ARCH_SET_GS: libc::c_int = 0x1001;
 
 /// The host's time stamp counter.
-fn host_tsc() -> u64 {
+pub(crate) fn host_tsc() -> u64 {
     // SAFETY: RDTSC is available on every x86-64 CPU.
     unsafe { std::arch::x86_64::_rdtsc() }
 }

@@ -22,6 +22,7 @@ mod memfd;
 mod mmu;
 mod paced;
 mod returns;
+mod roaming;
 mod segmentation;
 mod signal;
 mod startup;

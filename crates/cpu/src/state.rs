@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::bus::Attention;
 use crate::mmu::{AddressSpace, WINDOW_KINDS};
+use crate::roaming::FILLS;
 use crate::segmentation::Extent;
 
 /// RFLAGS bits (Intel SDM vol. 1 §3.4.3).
@@ -341,6 +342,8 @@ pub struct State {
     pub(crate) windows: [[Window; WINDOWS]; WINDOW_KINDS],
     /// Which windows are in use, a bit for each.
     pub(crate) windows_used: [WindowSet; WINDOW_KINDS],
+    /// How often ring 3's windows may yet be filled until Rust is asked, for loads and for stores.
+    pub(crate) window_fills: [[u32; WINDOWS]; 2],
     /// How often drafts may yet begin until they are made anew as a whole; see
     /// [`draft_counter`].
     pub(crate) drafts: [u8; DRAFT_COUNTERS],
@@ -436,6 +439,7 @@ impl State {
             bounce: Bounce([0; BOUNCE_SIZE]),
             windows: [[Window::NONE; WINDOWS]; WINDOW_KINDS],
             windows_used: [[0; WINDOWS / 64]; WINDOW_KINDS],
+            window_fills: [[FILLS; WINDOWS]; 2],
             drafts: [DRAFT_RUNS; DRAFT_COUNTERS],
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],

@@ -217,12 +217,19 @@ impl Cpu {
             single: key.mode.single || crossing && key.mode.legacy.is_some(),
             ..key.mode
         };
+        let end = key.physical + bytes.len() as u64;
+        let roaming = if mode.user {
+            self.roaming.within(key.physical..end)
+        } else {
+            Vec::new()
+        };
         let source = Source {
             start: key.rip,
             bytes,
             mode,
             crossing,
             draft,
+            roaming: &roaming,
         };
         let translated = translate(
             &source,

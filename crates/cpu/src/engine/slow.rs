@@ -3,10 +3,12 @@
 
 use strata_memory::PAGE_SIZE;
 
-use super::Cpu;
+use super::{Cpu, host_tsc};
+use crate::blocks::Key;
 use crate::bus::Bus;
 use crate::exception::{Exception, vector};
 use crate::mmu::{Core, Kind, Privilege, Target};
+use crate::roaming::FILLS;
 use crate::state::BOUNCE_SIZE;
 use crate::translate::lower::meta;
 
@@ -27,6 +29,7 @@ impl Cpu {
         let key = self.blocks.key(number);
         let rip = key.rip.wrapping_add(u64::from(site.guest));
         let alone = key.mode.single || key.second.is_some();
+        self.note_fills(&key, site.guest, what);
         if what & meta::SPAN != 0 {
             let host = self.settle_span(address, size, store);
             if host.is_none() && what & meta::DRAFT != 0 {
@@ -79,6 +82,26 @@ impl Cpu {
         }
         self.core.state.rip = rip;
         None
+    }
+
+    /// Where a window was filled so often that the thunk came here: if the place roams, its block
+    /// is made anew without.
+    fn note_fills(&mut self, key: &Key, guest: u16, what: u32) {
+        let store = what & meta::STORE != 0;
+        let window = (what >> meta::WINDOW_SHIFT) as usize;
+        let user = self.core.user();
+        let left = &mut self.core.state.window_fills[usize::from(store)][window];
+        if *left != 0 || !user {
+            return;
+        }
+        *left = FILLS;
+        let place = key.physical.wrapping_add(guest.into());
+        let stack = window == 0;
+        let one_page = key.second.is_none();
+        if !stack && one_page && self.roaming.filled(window, store, place, host_tsc()) {
+            self.core.stale.push((place, 1));
+            self.core.look_up();
+        }
     }
 
     /// Host memory for the accesses of a span, `size` bytes in all, if they are within a

@@ -8,6 +8,7 @@ use strata_memory::{Bytes, GuestAddress, PAGE_SIZE};
 
 use super::tests::*;
 use super::{Flow, deliver_exception};
+use crate::exception::vector;
 use crate::state::{Segment, State, cr4, gpr, rflags, segment as index};
 use crate::{Cpu, Crew};
 
@@ -352,4 +353,38 @@ fn stores_that_are_checked_together_leave_a_page_as_it_was_if_they_fault() {
 
     let entry = machine.get(PAGE_TABLE + DATA / PAGE_SIZE * 8);
     assert_eq!(entry, DATA | PTE_P | PTE_U);
+}
+
+#[test]
+fn an_address_in_no_window_is_the_stack_segment_s_fault_across_a_page_too() {
+    // mov rax, [rbp]; mov rax, [rsp]; mov rax, [rbx]
+    let codes: [(&[u8], u8); 3] = [
+        (&[0x48, 0x8b, 0x45, 0x00], vector::SS),
+        (&[0x48, 0x8b, 0x04, 0x24], vector::SS),
+        (&[0x48, 0x8b, 0x43, 0x00], vector::GP),
+    ];
+    for (code, fault) in codes {
+        for start in [CODE, CODE + PAGE_SIZE - 1] {
+            let mut machine = Machine::new().user();
+            machine.put_bytes(start, code);
+            let state = &mut machine.core.state;
+            state.rip = start;
+            for register in [gpr::RBX, gpr::RBP, gpr::RSP] {
+                state.gpr[register] = 1 << 63;
+            }
+            let crew = Crew::new(machine.core.memory.clone(), 1);
+            let mut cpu = Cpu::new(&crew, 0, 1_000_000).unwrap();
+            cpu.set_drafts(false);
+            copy(&machine.core.state, cpu.state_mut());
+            cpu.reset_translations();
+
+            let rounds = (0..3).find(|_| {
+                assert_eq!(cpu.run_once(&machine.bus), None);
+                cpu.state().rip != start
+            });
+
+            assert!(rounds.is_some());
+            assert_eq!(cpu.state().rip, handler(fault), "{code:02x?} at {start:#x}");
+        }
+    }
 }

@@ -13,7 +13,7 @@
 //! accesses to the stack, or to one fixed page. The address that the access itself takes does
 //! not wait for the check, which the host predicts. Other places in the supervisor's code look
 //! into the TLB instead: it goes through much code and many pages, for one process and the
-//! next, and would find its windows used by others.
+//! next, and would find its windows used by others. So do places of ring 3 that `roaming` found.
 //!
 //! A span is a run of accesses off one base register that share a check (`spans`).
 //!
@@ -220,8 +220,9 @@ impl Lower<'_> {
         let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
         let number = window & !SHARED;
-        let fits = self.mode.user || window & SHARED != 0;
-        let kind = window_kind(self.rights, store).filter(|_| fits);
+        let roams = self.roaming.contains(&self.current);
+        let fits = window & SHARED != 0 || self.mode.user;
+        let kind = window_kind(self.rights, store).filter(|_| fits && !roams);
         let through = match kind {
             _ if self.mode.single || self.mode.aligned => Through::Nothing,
             Some(kind) => Through::Window(window_offset(kind) + (number * size_of_window()) as i32),

@@ -212,6 +212,8 @@ pub(crate) struct Lower<'a> {
     pub(super) in_span: bool,
     /// What guest RSP is to be moved by, where pushes or pops of a span follow each other.
     pub(super) stack_moves: i32,
+    /// See [`Source::roaming`].
+    pub(super) roaming: Vec<u16>,
     fpu_check: Option<usize>,
     /// Indirect branches: where they look up in vain, and the branch's address.
     pub(super) misses: Vec<(usize, u64)>,
@@ -266,6 +268,7 @@ impl<'a> Lower<'a> {
             silent: false,
             in_span: false,
             stack_moves: 0,
+            roaming: source.roaming.to_vec(),
             fpu_check: None,
             misses: Vec::new(),
             calls: Vec::new(),

@@ -57,6 +57,8 @@ pub(crate) struct Source<'a> {
     pub(crate) crossing: bool,
     /// Small rather than fast; see `draft`.
     pub(crate) draft: bool,
+    /// Instructions whose accesses have no windows, as distances from `start`.
+    pub(crate) roaming: &'a [u16],
 }
 
 /// Translates from `source.start` until a branch, a system instruction or the bytes' end.

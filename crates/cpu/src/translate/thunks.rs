@@ -380,13 +380,14 @@ fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
         let crosses = a.jcc_forward(cc::A);
         a.raw(&[0x8b, 0x4c, 0x24, 24]);
         a.shift(5, RCX, meta::WINDOW_SHIFT as u8);
+        let counted = (rights == Rights::User).then(|| count_fill(a, store));
         fill_window(a, kind, tag);
         a.pop(RCX);
         a.pop(RAX);
         a.raw(&[0xc2, 8, 0]); // ret 8
-        crosses
+        (crosses, counted)
     });
-    if let Some(crosses) = crosses {
+    if let Some((crosses, _)) = crosses {
         a.aim(crosses);
     }
     a.load(RAX, T1, tag);
@@ -412,10 +413,23 @@ fn through_tlb(a: &mut Asm, rights: Rights, store: bool, slow: u64) -> u64 {
     a.raw(&[0xc2, 8, 0]); // ret 8
     a.aim(miss);
     a.aim(single);
+    if let Some((_, Some(counted))) = crosses {
+        a.aim(counted);
+    }
     a.pop(RCX);
     a.pop(RAX);
     a.jmp(slow);
     at
+}
+
+/// Counts a fill of the window whose number is in RCX. Returns the jump to aim for where Rust is
+/// to be asked.
+fn count_fill(a: &mut Asm, store: bool) -> usize {
+    let fills =
+        state_offset!(window_fills) + (usize::from(store) * size_of::<[u32; WINDOWS]>()) as i32;
+    a.raw(&[0x65, 0xff, 0x0c, 0x8d]); // dec dword gs:[rcx * 4 + fills]
+    a.raw(&fills.to_le_bytes());
+    a.jcc_forward(cc::E)
 }
 
 /// Fills the window whose number is in RCX from the line at T1. Leaves the distance from

@@ -47,6 +47,7 @@ impl Translator {
             bytes,
             mode,
             crossing: false,
+            roaming: &[],
             draft,
         };
         let numbers = Numbers { first_system: 0 };
