@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use crate::state::WINDOWS;
 
-/// Fills of a window between two looks at the clock.
-pub(crate) const FILLS: u32 = 4096;
+/// Fills of a window between two looks at the clock. So many that a loop with ever longer strides,
+/// which stays in pages at first, is not taken for one that never does.
+pub(crate) const FILLS: u32 = 1 << 18;
 /// A window that is filled more often than every so many cycles of the TSC is no use. A loop
 /// that goes through memory word by word stays in a page for longer.
 const CYCLES: u64 = 128;
