@@ -11,8 +11,6 @@ use super::parts::{ASLEEP, AWAKE, DONE, PARALLEL, Parts, ROWS, SCRIPT, SLEEPS, S
 use crate::process::{self, Limits, Measured};
 use crate::{Error, checks};
 
-/// Guest memory on both sides.
-const MEMORY: &str = "512M";
 /// A machine that has booted says so at once, and the rows come one by one.
 pub(super) const LIMITS: Limits = Limits {
     silence: Duration::from_mins(1),
@@ -65,7 +63,7 @@ impl Strata {
     fn with_cpus(&self, cpus: u32, parts: &Parts, words: &str) -> Command {
         let mut command = Command::new(&self.program);
         command
-            .args(["run", "--accel", "soft", "--memory", MEMORY])
+            .args(["run", "--accel", "soft", "--memory", &parts.memory])
             .args(["--cpus", &cpus.to_string()])
             .arg("--stats=json")
             .arg("--kernel")
@@ -97,7 +95,7 @@ impl Guest for Tcg {
         let mut command = Command::new(&self.program);
         command
             .args(["-M", "microvm", "-accel", "tcg", "-cpu", "max"])
-            .args(["-smp", "1", "-m", MEMORY])
+            .args(["-smp", "1", "-m", &parts.memory])
             .args(["-nodefaults", "-no-user-config", "-nographic"])
             .args(["-serial", "stdio", "-no-reboot"])
             .arg("-kernel")

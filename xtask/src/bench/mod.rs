@@ -27,6 +27,9 @@ pub(crate) struct Args {
     /// How often each is measured; the median counts. A row is the best of three in itself
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
+    /// Memory of the guests; above 512M Linux uses large pages for programs unasked
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    memory: String,
     /// Measure only this, instead of all
     #[arg(long, value_enum, value_name = "PART")]
     only: Vec<Part>,
@@ -114,7 +117,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
     if wanted(Side::Tcg) {
         guests.push(Box::new(Tcg::new(packages::QEMU.require()?)));
     }
-    let parts = Parts::make()?;
+    let parts = Parts::make(&args.memory)?;
     let strata = if wanted(Side::Strata) {
         let strata = match &args.strata {
             Some(program) => Strata::at(program),

@@ -40,6 +40,8 @@ pub(crate) struct Parts {
     pub(crate) program: PathBuf,
     /// The load for two CPUs, likewise.
     pub(crate) parallel: PathBuf,
+    /// Guest memory, with a unit that both machines know.
+    pub(crate) memory: String,
     /// Frequency of the host's time stamp counter.
     pub(crate) tsc_khz: u64,
     _directory: TempDir,
@@ -47,7 +49,7 @@ pub(crate) struct Parts {
 
 impl Parts {
     /// Compiles the program and puts the initramfs together.
-    pub(crate) fn make() -> Result<Self, Error> {
+    pub(crate) fn make(memory: &str) -> Result<Self, Error> {
         let directory = tempfile::tempdir()
             .map_err(Error::file("create a directory in", &std::env::temp_dir()))?;
         let program = directory.path().join("guest-bench");
@@ -68,6 +70,7 @@ impl Parts {
             initrd,
             program,
             parallel,
+            memory: memory.to_owned(),
             tsc_khz,
             _directory: directory,
         })
