@@ -27,8 +27,8 @@ pub(crate) struct Args {
     /// How often each is measured; the median counts. A row is the best of three in itself
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Memory of the guests; above 512M Linux uses large pages for programs unasked
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    /// Memory of the guests; up to 512M Linux leaves programs without large pages
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
     memory: String,
     /// Measure only this, instead of all
     #[arg(long, value_enum, value_name = "PART")]
