@@ -119,10 +119,9 @@ pub struct Cpu {
     pub(crate) pace: Option<Pace>,
 }
 
-// SAFETY: what it points to (state block, address spaces, code cache) it owns and takes along.
-// Nothing in it is bound to a thread but `bus`, which is `None` outside `run`; `run` itself sets
-// what the thread needs (the GS base, the window of the signal handler), and borrows `self`
-// mutably for as long.
+// SAFETY: what it points to (state block, tables, code, return stacks) it owns and takes along.
+// `bus` alone is bound to a thread, and `None` outside `run`, which sets what the thread needs
+// (GS base, the signal handler's window, signal mask) and borrows `self` mutably for as long.
 unsafe impl Send for Cpu {}
 
 impl Cpu {

@@ -1,4 +1,5 @@
-//! Memory without a file's name, whose own name the kernel tells in `/proc/PID/maps`.
+//! Memory without a file's name, whose own name the kernel tells in `/proc/PID/maps`. Called by the
+//! code cache and by the soft TLBs, both before the process is locked up; maps nothing itself.
 
 use std::ffi::CStr;
 use std::fs::File;

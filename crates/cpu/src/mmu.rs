@@ -1,9 +1,9 @@
 //! Paging: the walk (Intel SDM vol. 3A §4.5), the soft TLBs and linear memory access for
 //! Rust code. Translated code reads the same TLB entries inline.
 //!
-//! An [`AddressSpace`] is one TLB context: one per PCID, swapped by pointer on MOV CR3. An
-//! entry holds two tags, one for loads and one for stores, so that a store to a page that
-//! is clean, read-only or holds translated code leaves the fast path.
+//! An [`AddressSpace`] is one TLB context: one per PCID, swapped by pointer on MOV CR3. It has
+//! tables for loads and others for stores, so that a store to a page that is clean, read-only or
+//! holds translated code leaves the fast path.
 
 mod flush;
 mod legacy;

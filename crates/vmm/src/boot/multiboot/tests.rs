@@ -1,3 +1,5 @@
+//! What a Multiboot kernel is told, and which images are refused, without running one.
+
 use std::io::Write;
 
 use strata_memory::{Bytes, GuestAddress};
