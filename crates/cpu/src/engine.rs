@@ -86,7 +86,7 @@ pub struct Cpu {
     blocks: Blocks,
     cache: CodeCache,
     wanted: Wanted,
-    roaming: Roaming,
+    pub(crate) roaming: Roaming,
     thunks: Thunks,
     thunks_end: usize,
     returns: ReturnStacks,

@@ -12,6 +12,7 @@ mod spaces;
 mod store;
 #[cfg(test)]
 mod tests_jumps;
+mod wide;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,8 +32,9 @@ pub(crate) use space::{
     TLB_ENTRIES, TLBS, TlbEntry, WINDOW_KINDS, apart_table, jump_entries, jump_index, jump_table,
     tlb_number, window_kind,
 };
-use space::{GLOBAL, LineInfo, invalid_tag, large_key, tlb_index};
+use space::{Filled, GLOBAL, LineInfo, invalid_tag, large_key, tlb_index};
 use spaces::Spaces;
+pub(crate) use wide::Wide;
 
 /// Physical address width that CPUID reports and the walk enforces, in bits.
 pub(crate) const PHYSICAL_BITS: u32 = 46;
@@ -91,6 +93,8 @@ struct Mapping {
     physical: u64,
     page_shift: u32,
     global: bool,
+    /// Its entry says that it was accessed.
+    accessed: bool,
     /// A store by the asking privilege would succeed without touching the tables again.
     writable: bool,
 }
@@ -124,6 +128,7 @@ pub(crate) struct Core {
     /// Set where the guest wants what this CPU does not do: says what.
     pub(crate) fatal: Option<&'static str>,
     spaces: Spaces,
+    rows: wide::Rows,
     /// Counts selections of an address space.
     selections: u64,
     /// What counts instead of the host's time stamp counter.
@@ -146,6 +151,7 @@ impl Core {
             debug_hits: 0,
             fatal: None,
             spaces: Spaces::new().map_err(Error::SoftTlbs)?,
+            rows: Default::default(),
             selections: 0,
             clock: None,
         };
@@ -264,6 +270,9 @@ impl Core {
         let code = self.memory.code();
         let writable = mapping.writable && code.claim_stores(self.seat.index(), mapping.physical);
         let space = self.space();
+        if space.tlb_filled.iter().any(Filled::crowded) {
+            space.flush_tlb(false);
+        }
         if mapping.page_shift > 12 {
             let set = &mut space.large[usize::from(mapping.global)];
             set.insert(large_key(linear, mapping.page_shift));
@@ -279,9 +288,6 @@ impl Core {
                 continue;
             }
             if old.delta == 0 || (space.info[table][index] ^ info) & GLOBAL != 0 {
-                if space.tlb_filled[table].crowded() {
-                    space.flush_tlb(false);
-                }
                 space.tlb_filled[table].note(index, mapping.global);
             }
             space.info[table][index] = info;
@@ -337,6 +343,7 @@ impl Core {
                 physical: linear & 0xffff_ffff,
                 page_shift: 12,
                 global: false,
+                accessed: true,
                 writable: true,
             });
         }
@@ -418,6 +425,7 @@ impl Core {
                     physical: wanted & PTE_ADDRESS & !offset | linear & offset,
                     page_shift: shift,
                     global: wanted & PTE_G != 0 && state.cr4 & cr4::PGE != 0,
+                    accessed: wanted & PTE_A != 0,
                     writable: may_write && wanted & PTE_D != 0,
                 });
             }

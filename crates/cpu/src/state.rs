@@ -280,6 +280,35 @@ impl Window {
     };
 }
 
+/// Large pages in a row, as a place of ring 3's that roams may access them.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct WideWindow {
+    /// Linear address of the first.
+    pub(crate) start: u64,
+    /// Host address less linear address.
+    pub(crate) delta: u64,
+    /// How far from the start an access may begin. Of any there is, the end is inside too.
+    pub(crate) limit: u64,
+    /// How many accesses may yet miss it until Rust is asked.
+    pub(crate) misses: u64,
+}
+
+impl WideWindow {
+    /// As [`Window::NONE`].
+    pub(crate) const NONE: Self = Self {
+        start: Window::NONE.start,
+        delta: 0,
+        limit: 0,
+        misses: WIDE_MISSES,
+    };
+}
+
+/// Wide windows for loads, and as many for stores.
+pub(crate) const WIDE_WINDOWS: usize = 4;
+/// Misses of a wide window between two looks at whether it should be elsewhere.
+pub(crate) const WIDE_MISSES: u64 = 1 << 12;
+
 /// Everything about one vCPU that translated code or system instructions touch.
 #[repr(C, align(64))]
 pub struct State {
@@ -344,6 +373,8 @@ pub struct State {
     pub(crate) windows_used: [WindowSet; WINDOW_KINDS],
     /// How often ring 3's windows may yet be filled until Rust is asked, for loads and for stores.
     pub(crate) window_fills: [[u32; WINDOWS]; 2],
+    /// For loads and for stores of ring 3; see `mmu::wide`.
+    pub(crate) wide: [[WideWindow; WIDE_WINDOWS]; 2],
     /// How often drafts may yet begin until they are made anew as a whole; see
     /// [`draft_counter`].
     pub(crate) drafts: [u8; DRAFT_COUNTERS],
@@ -440,6 +471,7 @@ impl State {
             windows: [[Window::NONE; WINDOWS]; WINDOW_KINDS],
             windows_used: [[0; WINDOWS / 64]; WINDOW_KINDS],
             window_fills: [[FILLS; WINDOWS]; 2],
+            wide: [[WideWindow::NONE; WIDE_WINDOWS]; 2],
             drafts: [DRAFT_RUNS; DRAFT_COUNTERS],
             kernel_gs_base: 0,
             segments: [flat(0xc093); 6],

@@ -14,6 +14,7 @@
 
 mod code;
 mod heap;
+mod stretch;
 
 use std::fs::File;
 use std::os::fd::FromRawFd;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 
 pub use code::{CodeMap, CodeTracker, CodeWriteListener, CpuSet, GRANULE_SIZE, MAX_CPUS};
 pub use heap::give_back_large_blocks;
+pub use stretch::Stretch;
 use vm_memory::mmap::MmapRegionBuilder;
 pub use vm_memory::{self, Address, Bytes, GuestAddress};
 use vm_memory::{

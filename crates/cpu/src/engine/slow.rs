@@ -7,13 +7,16 @@ use super::{Cpu, host_tsc};
 use crate::blocks::Key;
 use crate::bus::Bus;
 use crate::exception::{Exception, vector};
-use crate::mmu::{Core, Kind, Privilege, Target};
+use crate::mmu::{Core, Kind, Privilege, Rights, Target, tlb_number};
 use crate::roaming::FILLS;
 use crate::state::BOUNCE_SIZE;
 use crate::translate::lower::meta;
 
 /// As the length of what is to be written back: nothing, the store was done in place.
 const DONE_IN_PLACE: u64 = u64::MAX;
+
+/// How many fills of a window a miss of the TLB counts for: it takes as long, about.
+const FILLS_OF_A_MISS: u32 = 16;
 
 /// Where the two parts of an access are that has none.
 pub(super) const NOWHERE: [(Target, usize); 2] = [(Target::Device(0), 0); 2];
@@ -29,7 +32,8 @@ impl Cpu {
         let key = self.blocks.key(number);
         let rip = key.rip.wrapping_add(u64::from(site.guest));
         let alone = key.mode.single || key.second.is_some();
-        self.note_fills(&key, site.guest, what);
+        self.note_misses(address);
+        self.note_fills(&key, site.guest, address, what);
         if what & meta::SPAN != 0 {
             let host = self.settle_span(address, size, store);
             if host.is_none() && what & meta::DRAFT != 0 {
@@ -84,21 +88,44 @@ impl Cpu {
         None
     }
 
-    /// Where a window was filled so often that the thunk came here: if the place roams, its block
-    /// is made anew without.
-    fn note_fills(&mut self, key: &Key, guest: u16, what: u32) {
-        let store = what & meta::STORE != 0;
-        let window = (what >> meta::WINDOW_SHIFT) as usize;
-        let user = self.core.user();
-        let left = &mut self.core.state.window_fills[usize::from(store)][window];
-        if *left != 0 || !user {
+    /// Where a wide window was missed so often that translated code came here: sees to it.
+    fn note_misses(&mut self, address: u64) {
+        if let Some(window) = self.core.missed_wide_window() {
+            self.core.fill_wide_window(window, address, host_tsc());
+        }
+    }
+
+    /// Where a window was filled so often that the thunk came here, or would have been but for the
+    /// TLB: if the place roams, its block is made anew without.
+    fn note_fills(&mut self, key: &Key, guest: u16, address: u64, what: u32) {
+        if !self.core.user() || key.second.is_some() {
             return;
+        }
+        let store = what & meta::STORE != 0;
+        let number = (what >> meta::WINDOW_SHIFT) as usize;
+        let stack = number == 0;
+        if stack {
+            return;
+        }
+        let state = &mut *self.core.state;
+        let left = &mut state.window_fills[usize::from(store)][number];
+        let missed = *left != 0;
+        if missed {
+            // a place that goes on from page to page misses the TLB too, but once a page
+            let last = state.windows[tlb_number(Rights::User, store)][number].start;
+            let distance = address.wrapping_sub(last).wrapping_add(PAGE_SIZE);
+            if distance < 3 * PAGE_SIZE || what & meta::DRAFT != 0 {
+                return;
+            }
+            *left = left.saturating_sub(FILLS_OF_A_MISS);
+            if *left != 0 {
+                return;
+            }
         }
         *left = FILLS;
         let place = key.physical.wrapping_add(guest.into());
-        let stack = window == 0;
-        let one_page = key.second.is_none();
-        if !stack && one_page && self.roaming.filled(window, store, place, host_tsc()) {
+        let large = self.core.is_near_large_page(address);
+        if (large || !missed) && self.roaming.filled(number, store, place, host_tsc(), large) {
             self.core.stale.push((place, 1));
             self.core.look_up();
         }

@@ -55,6 +55,12 @@ impl Core {
 
     /// Empties windows, which hold what TLBs do.
     fn forget_windows(&mut self, which: Forget) {
+        match which {
+            Forget::All => self.forget_wide_windows(),
+            Forget::Page(page) => self.forget_wide_windows_of(page),
+            // they know where in guest memory they lead
+            Forget::Stores(_) => {}
+        }
         let state = &mut *self.state;
         for (kind, used) in state.windows_used.iter_mut().enumerate() {
             let stores = [Rights::Supervisor, Rights::User]
@@ -146,6 +152,7 @@ impl Core {
             return;
         };
         self.forget_windows(Forget::Stores(host as u64));
+        self.forget_wide_stores(physical);
         for space in self.spaces.iter_mut() {
             space.revoke_stores(host as u64);
         }

@@ -158,6 +158,7 @@ impl Core {
                 physical: frame | linear & offset,
                 page_shift: level.shift,
                 global: value & PTE_G != 0 && self.state.cr4 & cr4::PGE != 0,
+                accessed: (value | kind.marks()) & PTE_A != 0,
                 writable: may_write && (value | kind.marks()) & PTE_D != 0,
             });
         }

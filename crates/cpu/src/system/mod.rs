@@ -47,6 +47,8 @@ mod tests_string;
 mod tests_transfer;
 #[cfg(test)]
 mod tests_translated;
+#[cfg(test)]
+mod tests_wide;
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 

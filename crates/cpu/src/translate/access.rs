@@ -13,7 +13,8 @@
 //! accesses to the stack, or to one fixed page. The address that the access itself takes does
 //! not wait for the check, which the host predicts. Other places in the supervisor's code look
 //! into the TLB instead: it goes through much code and many pages, for one process and the
-//! next, and would find its windows used by others. So do places of ring 3 that `roaming` found.
+//! next, and would find its windows used by others. So do places of ring 3 that `roaming` found,
+//! some of which look into a wide window before (`mmu::wide`).
 //!
 //! A span is a run of accesses off one base register that share a check (`spans`).
 //!
@@ -25,9 +26,9 @@ use iced_x86::{Instruction, Register};
 
 use super::asm::{Alu, RAX, Reg, T0, T1, cc};
 use super::lower::{Flags, Lower, Site, meta};
-use super::thunks::{DELTA, line_of, slow_index, tag_offset, window_offset};
+use super::thunks::{DELTA, line_of, slow_index, tag_offset, wide_offset, window_offset};
 use crate::mmu::{Rights, window_kind};
-use crate::state::{WINDOWS, Window, state_offset};
+use crate::state::{WINDOWS, WideWindow, Window, state_offset};
 
 /// Where a checked access is done: `[base + T1 + disp]`.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +72,8 @@ enum Through {
     Window(i32),
     /// The TLB whose tags are at this offset of the address space.
     Tlb(i32),
+    /// The wide window at this offset of the state block, then the TLB.
+    Wide(i32, i32),
 }
 
 /// An access whose check may fail, and what is to be written for that case.
@@ -220,13 +223,18 @@ impl Lower<'_> {
         let what = what | std::mem::take(&mut self.wraps);
         let store = what & meta::STORE != 0;
         let number = window & !SHARED;
-        let roams = self.roaming.contains(&self.current);
+        let roams = self.roaming.iter().find(|place| place.0 == self.current);
         let fits = window & SHARED != 0 || self.mode.user;
-        let kind = window_kind(self.rights, store).filter(|_| fits && !roams);
-        let through = match kind {
+        let kind = window_kind(self.rights, store).filter(|_| fits && roams.is_none());
+        let tag = tag_offset(self.rights, store);
+        let wide = roams.and_then(|place| place.1);
+        let through = match (kind, wide) {
             _ if self.mode.single || self.mode.aligned => Through::Nothing,
-            Some(kind) => Through::Window(window_offset(kind) + (number * size_of_window()) as i32),
-            None => Through::Tlb(tag_offset(self.rights, store)),
+            (Some(kind), _) => {
+                Through::Window(window_offset(kind) + (number * size_of_window()) as i32)
+            }
+            (None, Some(wide)) if wide.store == store => Through::Wide(wide_offset(wide), tag),
+            (None, _) => Through::Tlb(tag),
         };
         let direct = place.base != T0;
         if direct {
@@ -250,13 +258,16 @@ impl Lower<'_> {
             }
             Through::Tlb(tag) => {
                 line_of(&mut self.asm, T0);
-                self.asm.alu_mem(Alu::Sub, T0, T1, tag);
-                self.asm.alu_imm(Alu::Cmp, T0, limit);
+                let branch = self.compare_line(tag, limit);
+                self.take_line(tag, direct);
+                branch
+            }
+            Through::Wide(at, _) => {
+                self.asm.mov(T1, T0);
+                self.asm.alu_gs(Alu::Sub, T1, at);
+                self.asm.alu_gs(Alu::Cmp, T1, at + WIDE_LIMIT);
                 let branch = self.asm.jcc_forward(cc::A);
-                if !direct {
-                    self.asm.alu_mem(Alu::Add, T0, T1, tag);
-                }
-                self.asm.load(T1, T1, tag + DELTA);
+                self.asm.load_gs(T1, at + WIDE_DELTA);
                 branch
             }
         };
@@ -278,6 +289,21 @@ impl Lower<'_> {
         })
     }
 
+    /// Compares the linear address in T0 with the line at T1, whose tag is at `tag` from there.
+    fn compare_line(&mut self, tag: i32, limit: i32) -> usize {
+        self.asm.alu_mem(Alu::Sub, T0, T1, tag);
+        self.asm.alu_imm(Alu::Cmp, T0, limit);
+        self.asm.jcc_forward(cc::A)
+    }
+
+    /// The line was the right one.
+    fn take_line(&mut self, tag: i32, direct: bool) {
+        if !direct {
+            self.asm.alu_mem(Alu::Add, T0, T1, tag);
+        }
+        self.asm.load(T1, T1, tag + DELTA);
+    }
+
     /// Writes what happens when the check of `stub` failed.
     pub(super) fn slow_path(&mut self, stub: &Stub) {
         self.asm.aim(stub.branch);
@@ -288,8 +314,22 @@ impl Lower<'_> {
         });
         let index = slow_index(stub.rights, stub.store);
         let mut thunk = self.thunks.slow[index];
+        let resume = self.asm.base + stub.resume as u64;
         match stub.through {
             Through::Nothing => thunk = self.thunks.slow_always[index],
+            Through::Wide(at, tag) => {
+                // what asks Rust about the window has to get there
+                thunk = self.thunks.slow_always[index];
+                self.asm.alu_gs_imm(Alu::Sub, at + WIDE_MISSES, 1);
+                let enough = self.asm.jcc_forward(cc::E);
+                line_of(&mut self.asm, T0);
+                let miss = self.compare_line(tag, 4096 - (stub.meta & meta::SIZE) as i32);
+                self.take_line(tag, stub.direct);
+                self.asm.jmp(resume);
+                self.asm.aim(miss);
+                self.asm.alu_mem(Alu::Add, T0, T1, tag);
+                self.asm.aim(enough);
+            }
             Through::Window(at) if stub.direct => self.asm.alu_gs(Alu::Add, T0, at),
             Through::Window(_) => {}
             Through::Tlb(tag) => self.asm.alu_mem(Alu::Add, T0, T1, tag),
@@ -297,7 +337,6 @@ impl Lower<'_> {
         self.asm.push_imm(stub.meta);
         self.asm.call(thunk);
         // the thunk returns here, or behind this jump if the access cannot be done in place
-        let resume = self.asm.base + stub.resume as u64;
         self.asm.jmp(resume);
         let Some(body) = stub.body.clone() else {
             self.go_apart(stub.site.guest, stub.rights);
@@ -331,6 +370,11 @@ impl Lower<'_> {
 
 /// Distance of a window's delta from its start.
 const WINDOW_DELTA: i32 = std::mem::offset_of!(Window, delta) as i32;
+
+/// The same of a wide window, and of its other fields.
+const WIDE_DELTA: i32 = std::mem::offset_of!(WideWindow, delta) as i32;
+const WIDE_LIMIT: i32 = std::mem::offset_of!(WideWindow, limit) as i32;
+const WIDE_MISSES: i32 = std::mem::offset_of!(WideWindow, misses) as i32;
 
 /// Bytes of one window in the state block.
 const fn size_of_window() -> u32 {

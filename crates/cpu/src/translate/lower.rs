@@ -19,6 +19,7 @@ use super::spans::Role;
 use super::stack::leaves_stack_pointer;
 use super::thunks::Thunks;
 use crate::mmu::{Rights, jump_table};
+use crate::roaming;
 use crate::segmentation::Legacy;
 use crate::state::{rflags, state_offset};
 
@@ -213,7 +214,7 @@ pub(crate) struct Lower<'a> {
     /// What guest RSP is to be moved by, where pushes or pops of a span follow each other.
     pub(super) stack_moves: i32,
     /// See [`Source::roaming`].
-    pub(super) roaming: Vec<u16>,
+    pub(super) roaming: Vec<roaming::Place>,
     fpu_check: Option<usize>,
     /// Indirect branches: where they look up in vain, and the branch's address.
     pub(super) misses: Vec<(usize, u64)>,

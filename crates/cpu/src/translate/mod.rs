@@ -33,6 +33,8 @@ use classify::{Class, Extended, classify, extended_state};
 use lower::{Lower, Lowered, Mode, Numbers, Tools};
 use thunks::Thunks;
 
+use crate::roaming::Place;
+
 /// Guest instructions in one block, at most.
 const MAX_INSTRUCTIONS: usize = 64;
 
@@ -57,8 +59,8 @@ pub(crate) struct Source<'a> {
     pub(crate) crossing: bool,
     /// Small rather than fast; see `draft`.
     pub(crate) draft: bool,
-    /// Instructions whose accesses have no windows, as distances from `start`.
-    pub(crate) roaming: &'a [u16],
+    /// Instructions whose accesses have no windows of their own.
+    pub(crate) roaming: &'a [Place],
 }
 
 /// Translates from `source.start` until a branch, a system instruction or the bytes' end.

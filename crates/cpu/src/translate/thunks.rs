@@ -11,10 +11,10 @@ use super::lower::meta;
 use super::transfer::{jump_through_cache, jump_through_neighbour};
 use super::{draft, repeat};
 use crate::mmu::{
-    AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, jump_table, tlb_number, window_kind,
+    AddressSpace, Rights, TLB_ENTRIES, TLBS, TlbEntry, Wide, jump_table, tlb_number, window_kind,
 };
 use crate::returns::stack_number;
-use crate::state::{WINDOWS, Window, WindowSet, state_offset};
+use crate::state::{WIDE_WINDOWS, WINDOWS, WideWindow, Window, WindowSet, state_offset};
 
 /// Why translated code came back. The values are what the exit thunks put in EAX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,6 +111,13 @@ pub(crate) fn slow_index(rights: Rights, store: bool) -> usize {
 /// Offset of the windows of a kind in the state block.
 pub(crate) fn window_offset(kind: usize) -> i32 {
     state_offset!(windows) + (kind * size_of::<[Window; WINDOWS]>()) as i32
+}
+
+/// Offset of a wide window in the state block.
+pub(crate) fn wide_offset(which: Wide) -> i32 {
+    let row = usize::from(which.store) * WIDE_WINDOWS;
+    let number = row + usize::from(which.number);
+    state_offset!(wide) + (number * size_of::<WideWindow>()) as i32
 }
 
 /// Offset of a TLB's tags in the address space; their deltas are [`DELTA`] further.

@@ -22,7 +22,7 @@ use super::lower::{Lowered, meta};
 use super::thunks::Thunks;
 use crate::mmu::{AddressSpace, JumpEntry, Rights};
 use crate::returns::stack_number;
-use crate::state::{Block, state_offset};
+use crate::state::{Block, WIDE_WINDOWS, WideWindow, state_offset};
 use facts::{Facts, Value, gs_constant, writes};
 
 /// Instructions without privilege that read or change what is not the guest's: the identity of
@@ -59,8 +59,13 @@ const OF_THE_HOST: [Mnemonic; 28] = [
 ];
 
 /// What translated code may write of the state block: offset and length.
-fn writable() -> [(i32, usize); 12] {
-    [
+fn writable() -> Vec<(i32, usize)> {
+    let misses = |n| {
+        let window = state_offset!(wide) + (n * size_of::<WideWindow>()) as i32;
+        (window + offset_of!(WideWindow, misses) as i32, 8)
+    };
+    let misses = (0..2 * WIDE_WINDOWS).map(misses);
+    let fields = [
         (state_offset!(gpr), 16 * 8),
         (state_offset!(temp), 4 * 8),
         (state_offset!(status), 8),
@@ -73,7 +78,8 @@ fn writable() -> [(i32, usize); 12] {
         (state_offset!(segments), 6 * 16),
         (state_offset!(cpl), 1),
         (state_offset!(user_returns), 8),
-    ]
+    ];
+    fields.into_iter().chain(misses).collect()
 }
 
 /// A block, decoded.

@@ -10,7 +10,7 @@ use crate::mmu::{
     AddressSpace, JUMP_ENTRIES, JUMP_TABLES, JumpEntry, Rights, TLB_ENTRIES, TLBS, TlbEntry,
     WINDOW_KINDS, jump_entries, tlb_number,
 };
-use crate::state::{WINDOWS, Window, state_offset};
+use crate::state::{WIDE_WINDOWS, WINDOWS, WideWindow, Window, state_offset};
 use crate::translate::lower::meta;
 use crate::translate::thunks::DELTA;
 
@@ -87,6 +87,8 @@ impl Value {
 enum Compared {
     /// This register with a constant.
     Limit { register: usize, limit: u64 },
+    /// This register with the limit of the wide window at this GS offset.
+    WideLimit { register: usize, window: i64 },
     /// The jump-cache line at a displacement from this register.
     Line { register: usize, at: i64 },
 }
@@ -291,6 +293,10 @@ impl Facts {
                 limit: i.immediate(1),
             });
         }
+        if let Some(at) = gs_constant(i) {
+            let window = at - offset_of!(WideWindow, limit) as i64;
+            return is_wide_window(window).then_some(Compared::WideLimit { register, window });
+        }
         let line = number(i.memory_base())?;
         let at = i.memory_displacement64() as i64;
         match self.registers[line] {
@@ -308,8 +314,28 @@ impl Facts {
         match (mnemonic, compared) {
             // every number is at least zero
             (Mnemonic::Jae, Some(Compared::Limit { limit: 0, .. })) => jumped,
+            (Mnemonic::Ja, Some(Compared::WideLimit { register, window })) if !jumped => {
+                if let Value::Distance {
+                    sym,
+                    off,
+                    window: from,
+                } = self.registers[register]
+                    && from == window
+                {
+                    let at = Checked {
+                        sym,
+                        low: off,
+                        // what is left of the window behind its limit
+                        size: 4096,
+                        store: window_is_for_stores(window),
+                    };
+                    self.registers[register] = Value::Within { at, window };
+                }
+                true
+            }
             (Mnemonic::Ja, Some(Compared::Limit { register, limit })) if !jumped => {
                 if let Value::Distance { sym, off, window } = self.registers[register]
+                    && is_window(window)
                     && limit <= 4096
                 {
                     let at = Checked {
@@ -443,11 +469,13 @@ impl Facts {
                 let delta = checked.map(Value::Delta);
                 delta.or_else(|| slot_at(at).map(|slot| self.slots[slot]))
             }
-            (Mnemonic::Sub, Value::Plain { sym, off }) if is_window(at) => Some(Value::Distance {
-                sym,
-                off,
-                window: at,
-            }),
+            (Mnemonic::Sub, Value::Plain { sym, off }) if is_window(at) || is_wide_window(at) => {
+                Some(Value::Distance {
+                    sym,
+                    off,
+                    window: at,
+                })
+            }
             (Mnemonic::Add, Value::Distance { sym, off, window }) if window == at => {
                 Some(Value::Plain { sym, off })
             }
@@ -522,7 +550,23 @@ fn is_window(at: i64) -> bool {
     in_windows(at).is_some_and(|from| from % size_of::<Window>() as i64 == 0)
 }
 
+/// Where in the wide windows an offset of the state block is.
+fn in_wide_windows(at: i64) -> Option<i64> {
+    let from = at - i64::from(state_offset!(wide));
+    let size = size_of::<[[WideWindow; WIDE_WINDOWS]; 2]>() as i64;
+    (0..size).contains(&from).then_some(from)
+}
+
+/// Whether it is the start of a wide window.
+fn is_wide_window(at: i64) -> bool {
+    const { assert!(offset_of!(WideWindow, start) == 0 && offset_of!(WideWindow, delta) == 8) };
+    in_wide_windows(at).is_some_and(|from| from % size_of::<WideWindow>() as i64 == 0)
+}
+
 fn window_is_for_stores(at: i64) -> bool {
+    if let Some(from) = in_wide_windows(at) {
+        return from >= size_of::<[WideWindow; WIDE_WINDOWS]>() as i64;
+    }
     let kind = in_windows(at).map(|from| from / size_of::<[Window; WINDOWS]>() as i64);
     kind.is_some_and(|kind| kind & 1 != 0)
 }

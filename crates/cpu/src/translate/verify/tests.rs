@@ -1,8 +1,9 @@
 use super::super::asm::Asm;
 use super::super::lower::{Mode, Numbers, Tools};
-use super::super::thunks::{self, Callbacks};
+use super::super::thunks::{self, Callbacks, wide_offset};
 use super::super::{Source, translate};
 use super::*;
+use crate::mmu::Wide;
 use crate::segmentation::Legacy;
 use crate::system::cpuid::Table;
 
@@ -19,7 +20,32 @@ struct Translator {
     tools: Tools,
     table: Table,
     blocks: u64,
+    way: Way,
 }
+
+/// What the accesses of a block look at.
+#[derive(Clone, Copy)]
+enum Way {
+    Windows,
+    /// The TLB, as where a place roams.
+    Tlb,
+    /// A wide window before it.
+    Wide(Wide),
+}
+
+const WIDE: Wide = Wide {
+    store: false,
+    number: 1,
+};
+const WAYS: [Way; 4] = [
+    Way::Windows,
+    Way::Tlb,
+    Way::Wide(WIDE),
+    Way::Wide(Wide {
+        store: true,
+        number: 3,
+    }),
+];
 
 impl Translator {
     fn new() -> Self {
@@ -38,16 +64,23 @@ impl Translator {
             },
             table: Table::from_host(1_000_000, 0, 1),
             blocks: 0,
+            way: Way::Windows,
         }
     }
 
     fn translate(&mut self, bytes: &[u8], mode: Mode, draft: bool) -> Option<Lowered> {
+        let places = 0..bytes.len() as u16;
+        let roaming: Vec<_> = match self.way {
+            Way::Windows => Vec::new(),
+            Way::Tlb => places.map(|place| (place, None)).collect(),
+            Way::Wide(wide) => places.map(|place| (place, Some(wide))).collect(),
+        };
         let source = Source {
             start: start(mode),
             bytes,
             mode,
             crossing: false,
-            roaming: &[],
+            roaming: &roaming,
             draft,
         };
         let numbers = Numbers { first_system: 0 };
@@ -72,7 +105,12 @@ impl Translator {
 
     #[track_caller]
     fn holds(&mut self, bytes: &[u8], mode: Mode) {
+        self.way = Way::Windows;
         self.holds_as(bytes, mode, false);
+        self.way = WAYS[self.blocks as usize % WAYS.len()];
+        if !matches!(self.way, Way::Windows) {
+            self.holds_as(bytes, mode, false);
+        }
         if mode.has_drafts() {
             self.holds_as(bytes, mode, true);
         }
@@ -309,7 +347,14 @@ fn accesses_that_share_a_check_stay_within_what_was_checked() {
 /// What is wrong with the block for MOV RAX, [RBX] when `new` stands where `old` was.
 #[track_caller]
 fn fault_of(old: &[u8], new: &[u8]) -> String {
+    fault_by(Way::Windows, old, new)
+}
+
+/// The same where its access looks elsewhere.
+#[track_caller]
+fn fault_by(way: Way, old: &[u8], new: &[u8]) -> String {
     let mut translator = Translator::new();
+    translator.way = way;
     let mut block = translator
         .translate(&[0x48, 0x8b, 0x03], USER, false)
         .unwrap();
@@ -360,6 +405,25 @@ fn a_block_that_breaks_a_rule_is_found() {
         let fault = fault_of(old, new);
         assert!(fault.contains(expected), "{new:02x?}: {fault}");
     }
+}
+
+#[test]
+fn an_access_past_a_wide_window_is_found() {
+    // ja, and three no-ops
+    let over = [0x0f, 0x87];
+    let never = [0x0f, 0x1f];
+    let fault = fault_by(Way::Wide(WIDE), &over, &never);
+    assert!(fault.contains("nobody's"), "{fault}");
+
+    // lea r10, [rbx]; mov r11, r10; sub r11, gs:[start]: of the next window
+    let start = wide_offset(WIDE);
+    let other = start + size_of::<WideWindow>() as i32;
+    let fault = fault_by(Way::Wide(WIDE), &start.to_le_bytes(), &other.to_le_bytes());
+    assert!(fault.contains("nobody's"), "{fault}");
+
+    // mov [rbx + r11], r9
+    let fault = fault_by(Way::Wide(WIDE), &LOAD, &[0x4e, 0x89, 0x0c, 0x1b]);
+    assert!(fault.contains("stores where a load"), "{fault}");
 }
 
 #[test]
