@@ -1,45 +1,41 @@
 //! Pieces of guest RAM mapped a second time, side by side in an order of their own. The software
 //! CPU maps large pages as a guest program has them, to reach all of an array by one distance.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::{GuestMemory, PAGE_SIZE, Ram};
+use crate::{GuestMemory, PAGE_SIZE};
 
-/// See the module. It is unmapped when dropped.
+/// Host addresses set aside for pieces of one size. They are given back when this is dropped; until
+/// then nothing but guest RAM is ever there.
 #[derive(Debug)]
 pub struct Stretch {
     start: NonNull<u8>,
-    size: usize,
-    /// What the pieces are of.
-    _ram: Ram,
+    capacity: usize,
+    piece: u64,
+    memory: GuestMemory,
 }
 
 // SAFETY: the mapping is owned by this value alone and moves with it.
 unsafe impl Send for Stretch {}
 
 impl Stretch {
-    /// Where the first piece is.
-    pub fn start(&self) -> *mut u8 {
-        self.start.as_ptr()
-    }
-
-    /// Maps the page-aligned pieces of `size` bytes that begin at guest physical addresses
-    /// `pieces`, in this order. Fails with `InvalidInput` if one of them is not all RAM.
-    pub fn new(memory: &GuestMemory, pieces: &[u64], size: u64) -> io::Result<Self> {
-        let whole = pieces.len() * size as usize;
-        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-        if whole == 0 || !size.is_multiple_of(PAGE_SIZE) {
-            return Err(invalid());
-        }
+    /// Room for `capacity` pieces of `piece` bytes each, both more than none and `piece` a multiple of
+    /// the page size; else, fails with `InvalidInput`.
+    pub fn new(memory: &GuestMemory, piece: u64, capacity: usize) -> io::Result<Self> {
+        let bytes = usize::try_from(piece).ok();
+        let size = bytes.and_then(|bytes| bytes.checked_mul(capacity));
+        let size = size.filter(|size| *size > 0 && piece.is_multiple_of(PAGE_SIZE));
+        let size = size.ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: new memory at an address of the kernel's choice.
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                whole,
+                size,
                 libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
@@ -49,32 +45,37 @@ impl Stretch {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let stretch = Self {
-            start: NonNull::new(start.cast()).ok_or_else(invalid)?,
-            size: whole,
-            _ram: memory.ram.clone(),
-        };
+        Ok(Self {
+            start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
+            capacity,
+            piece,
+            memory: memory.clone(),
+        })
+    }
+
+    /// Where the first piece is.
+    pub fn start(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Maps the pieces that begin at these guest physical addresses, in this order, instead of as many
+    /// that were there. Fails with `InvalidInput` if there are too many, or one of them is not
+    /// page-aligned or not all RAM; some may have been mapped then.
+    pub fn map(&mut self, pieces: &[u64]) -> io::Result<()> {
+        if pieces.len() > self.capacity {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         for (number, piece) in pieces.iter().enumerate() {
-            let inside = |r: &&_| {
-                let region: &vm_memory::GuestRegionMmap<_> = r;
-                let offset = piece.checked_sub(region.start_addr().0);
-                offset.is_some_and(|o| o < region.len() && size <= region.len() - o)
-            };
-            let region = memory.ram.iter().find(inside).ok_or_else(invalid)?;
-            let file = region.file_offset().ok_or_else(invalid)?;
-            let offset = file.start() + (piece - region.start_addr().0);
-            if !offset.is_multiple_of(PAGE_SIZE) {
-                return Err(invalid());
-            }
-            // SAFETY: replaces a part of the mapping that was just made, which nobody uses yet,
-            // by memory of the guest's, to which nobody holds Rust references.
+            let (file, offset) = self.in_file(*piece).ok_or(io::ErrorKind::InvalidInput)?;
+            // SAFETY: within what was set aside; memory of the guest's replaces memory of the
+            // guest's or nothing, and nobody holds Rust references to either.
             let mapped = unsafe {
                 libc::mmap(
-                    stretch.start.as_ptr().add(number * size as usize).cast(),
-                    size as usize,
+                    self.start().add(number * self.piece as usize).cast(),
+                    self.piece as usize,
                     libc::PROT_READ | libc::PROT_WRITE,
                     libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                    file.file().as_raw_fd(),
+                    file.as_raw_fd(),
                     offset as libc::off_t,
                 )
             };
@@ -82,14 +83,28 @@ impl Stretch {
                 return Err(io::Error::last_os_error());
             }
         }
-        Ok(stretch)
+        Ok(())
+    }
+
+    /// Where a piece is in the file that holds guest RAM.
+    fn in_file(&self, piece: u64) -> Option<(&File, u64)> {
+        let host = self.memory.host_ptr(piece, self.piece);
+        host.filter(|_| piece.is_multiple_of(PAGE_SIZE))?;
+        let region = self.memory.ram.find_region(GuestAddress(piece))?;
+        let file = region.file_offset()?;
+        Some((file.file(), file.start() + (piece - region.start_addr().0)))
     }
 }
 
 impl Drop for Stretch {
     fn drop(&mut self) {
         // SAFETY: the mapping is of this size, and whoever had pointers into it kept the value.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.size) };
+        unsafe {
+            libc::munmap(
+                self.start.as_ptr().cast(),
+                self.capacity * self.piece as usize,
+            )
+        };
     }
 }
 
@@ -110,8 +125,9 @@ mod tests {
                 .unwrap();
         }
 
-        let pieces = [MMIO_HOLE_END + 0x2000, 0, 0x5000];
-        let stretch = Stretch::new(&memory, &pieces, 0x1000).unwrap();
+        let mut stretch = Stretch::new(&memory, 0x1000, 3).unwrap();
+        stretch.map(&[0x1000, 0x2000, 0x3000]).unwrap();
+        stretch.map(&[MMIO_HOLE_END + 0x2000, 0, 0x5000]).unwrap();
 
         // SAFETY: three pages that are mapped.
         let values = [0, 1, 2].map(|page| unsafe { *stretch.start().add(page * 0x1000) });
@@ -123,10 +139,15 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_that_is_not_all_ram_is_refused() {
+    fn pieces_that_are_not_ram_or_do_not_fit_are_refused() {
         let memory = GuestMemory::new(0x4000).unwrap();
-        for pieces in [&[0x3000_u64][..], &[0, 0x4000], &[]] {
-            assert!(Stretch::new(&memory, pieces, 0x2000).is_err());
+        let mut stretch = Stretch::new(&memory, 0x2000, 2).unwrap();
+        for pieces in [&[0x3000][..], &[0, 0x4000], &[0x800], &[0, 0, 0]] {
+            let error = stretch.map(pieces).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{pieces:x?}");
+        }
+        for (piece, capacity) in [(0x800, 1), (0, 1), (0x1000, 0), (1 << 63, 2)] {
+            assert!(Stretch::new(&memory, piece, capacity).is_err());
         }
     }
 }

@@ -87,17 +87,17 @@ impl Core {
             }
             let until = now + COST * STAY * pieces.len() as u64;
             self.forget_wide_window(which);
-            let stretch = Stretch::new(&self.memory, &pieces, PIECE).ok();
-            let pieces = if stretch.is_some() {
-                pieces
-            } else {
-                Vec::new()
+            let row = &mut self.rows[index];
+            row.until = until;
+            row.pieces.clear();
+            if row.stretch.is_none() {
+                row.stretch = Stretch::new(&self.memory, PIECE, MOST).ok();
+            }
+            let Some(Ok(())) = row.stretch.as_mut().map(|s| s.map(&pieces)) else {
+                // the host has no addresses left: places do without
+                return;
             };
-            self.rows[index] = Row {
-                pieces,
-                stretch,
-                until,
-            };
+            row.pieces = pieces;
         }
         let row = &self.rows[index];
         if let Some(stretch) = &row.stretch {
