@@ -1,5 +1,5 @@
 //! Places in ring 3's code that access another page nearly every time: a window is no use to them.
-//! They look into the TLB in line instead, those that are seen at large pages behind a wide window.
+//! They look into the TLB in line instead, behind a wide window if one is of use where they roam.
 //! Found by how fast windows are filled.
 //!
 //! A thunk counts fills of each window and comes to `engine::slow` every [`FILLS`] of them, which
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::mmu::Wide;
-use crate::state::{WIDE_WINDOWS, WINDOWS};
+use crate::state::WINDOWS;
 
 /// Fills of a window between two looks at the clock. So many that a loop with ever longer strides,
 /// which stays in pages at first, is not taken for one that never does.
@@ -25,8 +25,6 @@ pub(crate) type Place = (u16, Option<Wide>);
 pub(crate) struct Roaming {
     /// By guest physical address of the instruction.
     places: BTreeMap<u64, Option<Wide>>,
-    /// Wide windows that were given away, for loads and for stores.
-    given: [usize; 2],
     /// When each window had been filled so often, for loads and for stores: host TSC.
     since: [[u64; WINDOWS]; 2],
 }
@@ -35,42 +33,28 @@ impl Default for Roaming {
     fn default() -> Self {
         Self {
             places: BTreeMap::new(),
-            given: [0; 2],
             since: [[0; WINDOWS]; 2],
         }
     }
 }
 
 impl Roaming {
-    /// A window was filled another [`FILLS`] times, as the instruction at physical `place` was to
-    /// use it. Returns whether that is one that roams, which was not known. It gets a wide window
-    /// if `large`, also later.
-    pub(crate) fn filled(
-        &mut self,
-        window: usize,
-        store: bool,
-        place: u64,
-        now: u64,
-        large: bool,
-    ) -> bool {
+    /// A window was filled another [`FILLS`] times. Returns whether that was fast: the place that
+    /// is to use it now roams.
+    pub(crate) fn filled(&mut self, window: usize, store: bool, now: u64) -> bool {
         let since = &mut self.since[usize::from(store)][window];
         let took = now.wrapping_sub(std::mem::replace(since, now));
-        let known = match self.places.get(&place) {
-            Some(None) => !large,
-            Some(Some(_)) => true,
-            None => false,
-        };
-        if known || took >= u64::from(FILLS) * CYCLES {
-            return false;
-        }
-        let given = &mut self.given[usize::from(store)];
-        let wide = large.then(|| {
-            let number = (*given % WIDE_WINDOWS) as u8;
-            *given += 1;
-            Wide { store, number }
-        });
+        took < u64::from(FILLS) * CYCLES
+    }
+
+    /// The instruction at physical `place`, if it is known to roam, with its wide window.
+    pub(crate) fn place(&self, place: u64) -> Option<&Option<Wide>> {
+        self.places.get(&place)
+    }
+
+    /// The instruction at physical `place` roams.
+    pub(crate) fn add(&mut self, place: u64, wide: Option<Wide>) {
         self.places.insert(place, wide);
-        true
     }
 
     /// Which places in a range of addresses roam, as distances from its start.
@@ -85,7 +69,6 @@ impl Roaming {
     /// Forgets all places, when blocks went away.
     pub(crate) fn clear(&mut self) {
         self.places.clear();
-        self.given = [0; 2];
     }
 }
 
@@ -96,49 +79,30 @@ mod tests {
     const SLOW: u64 = FILLS as u64 * CYCLES;
 
     #[test]
-    fn a_place_roams_whose_window_is_filled_fast() {
+    fn places_roam_whose_windows_are_filled_fast() {
         let mut roaming = Roaming::default();
-        let small = false;
 
-        assert!(!roaming.filled(3, false, 0x1010, SLOW, small));
-        assert!(!roaming.filled(3, false, 0x1010, 2 * SLOW, small));
-        assert!(roaming.filled(3, false, 0x1010, 2 * SLOW + 1, small));
-        assert!(!roaming.filled(3, false, 0x1010, 2 * SLOW + 2, small));
-        assert!(!roaming.filled(3, true, 0x1020, 2 * SLOW + 3, small));
-
-        assert_eq!(roaming.within(0x1000..0x1400), [(0x10, None)]);
-        assert!(roaming.within(0x1011..0x1400).is_empty());
+        assert!(!roaming.filled(3, false, SLOW));
+        assert!(!roaming.filled(3, false, 2 * SLOW));
+        assert!(roaming.filled(3, false, 3 * SLOW - 1));
+        assert!(!roaming.filled(3, true, 3 * SLOW));
+        assert!(!roaming.filled(4, false, 3 * SLOW));
     }
 
     #[test]
-    fn a_place_that_roamed_in_small_pages_gets_a_wide_window_at_large_ones() {
+    fn places_are_told_by_their_distance_from_a_block() {
         let mut roaming = Roaming::default();
-
-        assert!(roaming.filled(3, true, 0x1010, 0, false));
-        assert!(!roaming.filled(3, true, 0x1010, 1, false));
-        assert!(roaming.filled(3, true, 0x1010, 2, true));
-        assert!(!roaming.filled(3, true, 0x1010, 3, true));
-    }
-
-    #[test]
-    fn places_at_large_pages_have_wide_windows_as_long_as_there_are_some() {
-        let mut roaming = Roaming::default();
-
-        for place in 0..=WIDE_WINDOWS as u64 {
-            roaming.filled(0, false, place, 0, true);
-        }
-        roaming.filled(0, true, 0x1000, 0, true);
-
-        let numbers: Vec<u8> = roaming
-            .within(0..0x1000)
-            .iter()
-            .map(|place| place.1.unwrap().number)
-            .collect();
-        assert_eq!(numbers, [0, 1, 2, 3, 0]);
-        let first_store = Wide {
+        let wide = Some(Wide {
             store: true,
-            number: 0,
-        };
-        assert_eq!(roaming.within(0x1000..0x1001), [(0, Some(first_store))]);
+            number: 2,
+        });
+
+        roaming.add(0x1010, None);
+        roaming.add(0x1020, wide);
+
+        assert_eq!(roaming.within(0x1000..0x1400), [(0x10, None), (0x20, wide)]);
+        assert!(roaming.within(0x1021..0x1400).is_empty());
+        assert_eq!(roaming.place(0x1010), Some(&None));
+        assert_eq!(roaming.place(0x1011), None);
     }
 }

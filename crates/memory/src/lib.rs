@@ -70,6 +70,7 @@ pub struct GuestMemory {
     ram: Ram,
     regions: Arc<[Region]>,
     code: Arc<CodeMap>,
+    stretched: stretch::Stretched,
     size: u64,
 }
 
@@ -126,6 +127,7 @@ impl GuestMemory {
             ram,
             regions,
             code,
+            stretched: Arc::default(),
             size,
         })
     }

@@ -123,9 +123,17 @@ impl Cpu {
             }
         }
         *left = FILLS;
+        let now = host_tsc();
         let place = key.physical.wrapping_add(guest.into());
-        let large = self.core.is_near_large_page(address);
-        if (large || !missed) && self.roaming.filled(number, store, place, host_tsc(), large) {
+        let fast = self.roaming.filled(number, store, now);
+        let known = self.roaming.place(place);
+        if !fast || known.is_some_and(Option::is_some) {
+            return;
+        }
+        let is_new = known.is_none();
+        let wide = self.core.wide_window_at(address, store, now);
+        if wide.is_some() || is_new && !missed {
+            self.roaming.add(place, wide);
             self.core.stale.push((place, 1));
             self.core.look_up();
         }

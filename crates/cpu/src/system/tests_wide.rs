@@ -1,5 +1,5 @@
-//! Wide windows: rows of large pages in ring 3, their ends, what empties them, and code that goes
-//! through them.
+//! Wide windows: rows of pages in ring 3, their ends, what empties them, and code that goes through
+//! them.
 
 use strata_memory::PAGE_SIZE;
 
@@ -50,6 +50,9 @@ fn window(machine: &Machine, which: Wide) -> Option<(u64, u64)> {
     let window = &machine.core.state.wide[usize::from(which.store)][0];
     (window.limit != 0).then_some((window.start, window.limit))
 }
+
+/// Cycles until a row may be looked at again, but not moved.
+const SOON: u64 = 100_000;
 
 const WHOLE: Option<(u64, u64)> = Some((ROW, 3 * LARGE - PAGE_SIZE));
 
@@ -110,7 +113,7 @@ fn a_row_for_stores_ends_at_a_page_with_code_and_is_left_when_one_gets_some() {
     machine.core.mark_code(PAGES[1] + 0x5000, 16);
     assert_eq!(window(&machine, STORES), None);
     assert_eq!(window(&machine, LOADS), WHOLE);
-    machine.core.fill_wide_window(STORES, ROW, 0);
+    machine.core.fill_wide_window(STORES, ROW, SOON);
     assert_eq!(window(&machine, STORES), None, "it is too soon to move");
     machine.core.fill_wide_window(STORES, ROW, u64::MAX / 2);
     assert_eq!(window(&machine, STORES), Some((ROW, LARGE - PAGE_SIZE)));
@@ -119,8 +122,10 @@ fn a_row_for_stores_ends_at_a_page_with_code_and_is_left_when_one_gets_some() {
 #[test]
 fn flushes_empty_a_window_that_may_hold_what_they_drop() {
     type Flush = fn(&mut crate::mmu::Core);
-    let flushes: [(Flush, bool); 5] = [
+    let flushes: [(Flush, bool); 7] = [
         (|core| core.flush_page(ROW + LARGE + 0x3000), true),
+        (|core| core.flush_page(ROW - 1), false),
+        (|core| core.flush_page(ROW + 3 * LARGE), false),
         (|core| core.flush_page(1 << 40), false),
         (|core| core.select_space(true), true),
         (|core| core.flush_all(), true),
@@ -132,8 +137,8 @@ fn flushes_empty_a_window_that_may_hold_what_they_drop() {
         flush(&mut machine.core);
         let expected = if empties { None } else { WHOLE };
         assert_eq!(window(&machine, LOADS), expected, "{number}");
-        // what was mapped for it is there
-        machine.core.fill_wide_window(LOADS, ROW, 0);
+        // what was mapped for it is there, also before it may move
+        machine.core.fill_wide_window(LOADS, ROW, SOON);
         assert_eq!(window(&machine, LOADS), WHOLE, "{number}");
     }
 }
@@ -143,7 +148,8 @@ fn run(machine: &Machine, cpu: &mut Cpu, roaming: &[(u64, bool)]) {
     copy(&machine.core.state, cpu.state_mut());
     cpu.reset_translations();
     for (offset, store) in roaming {
-        assert!(cpu.roaming.filled(9, *store, CODE + offset, 0, true));
+        let wide = if *store { STORES } else { LOADS };
+        cpu.roaming.add(CODE + offset, Some(wide));
     }
     while cpu.state().rip & !(PAGE_SIZE - 1) == CODE {
         assert_eq!(cpu.run_once(&machine.bus), None);
@@ -166,19 +172,75 @@ fn addresses() -> impl Iterator<Item = u64> {
     (1..=STEPS).map(|i| ROW + i * STEP % (4 * LARGE))
 }
 
-/// Where an address of the row is in RAM; behind it, small pages.
+/// Where an address of the row is in RAM; the fourth part is small pages in no order.
 fn physical(linear: u64) -> u64 {
-    let page = (linear - ROW) / LARGE;
-    PAGES.get(page as usize).copied().unwrap_or(7 * LARGE) + linear % LARGE
+    let offset = linear - ROW;
+    match PAGES.get((offset / LARGE) as usize) {
+        Some(page) => page + offset % LARGE,
+        None => 7 * LARGE + offset % LARGE / PAGE_SIZE * 77 % 512 * PAGE_SIZE + offset % PAGE_SIZE,
+    }
 }
 
-/// A fourth page of the row, which is small ones.
+/// Of the small pages, the first that was never accessed.
+const UNUSED: u64 = ROW + 3 * LARGE + 300 * PAGE_SIZE;
+
 fn add_small_pages(machine: &mut Machine) {
     let table = 6 * LARGE;
     machine.put(DIRECTORY + (ROW / LARGE + 3) * 8, table | USED);
     for page in 0..512 {
-        machine.put(table + page * 8, (7 * LARGE + page * PAGE_SIZE) | USED);
+        let linear = ROW + 3 * LARGE + page * PAGE_SIZE;
+        let unused = if linear == UNUSED { ACCESSED } else { 0 };
+        machine.put(table + page * 8, physical(linear) | USED & !unused);
     }
+}
+
+#[test]
+fn a_row_goes_on_in_small_pages_to_the_first_that_is_missing() {
+    for start in [ROW, ROW + 3 * LARGE + 5, UNUSED - 1] {
+        let mut machine = machine();
+        add_small_pages(&mut machine);
+        let pages = (ROW..UNUSED).step_by(PAGE_SIZE as usize);
+        for linear in pages.clone() {
+            machine.put(physical(linear) + 16, linear);
+        }
+
+        machine.core.fill_wide_window(LOADS, start, 0);
+
+        let whole = Some((ROW, UNUSED - ROW - PAGE_SIZE));
+        assert_eq!(window(&machine, LOADS), whole, "{start:#x}");
+        let delta = machine.core.state.wide[0][0].delta;
+        for linear in pages {
+            let host = (linear + 16).wrapping_add(delta) as *const u64;
+            // SAFETY: within the row, which is mapped while the window is there.
+            assert_eq!(unsafe { host.read() }, linear);
+        }
+    }
+}
+
+#[test]
+fn a_row_that_the_tlb_holds_anyway_is_left_to_it() {
+    let mut machine = machine();
+    add_small_pages(&mut machine);
+    // what is behind the page that was not accessed is no mebibyte
+    machine.core.fill_wide_window(LOADS, UNUSED + PAGE_SIZE, 0);
+    assert_eq!(window(&machine, LOADS), None);
+}
+
+#[test]
+fn places_that_roam_in_one_row_share_a_window() {
+    let mut machine = machine();
+    let other = ROW + 8 * LARGE;
+    map(&mut machine, other, 5 * LARGE, USED);
+    let core = &mut machine.core;
+
+    let first = core.wide_window_at(ROW, false, 0);
+    assert_eq!(first, Some(LOADS));
+    assert_eq!(core.wide_window_at(ROW + 2 * LARGE, false, 0), first);
+    assert_eq!(core.wide_window_at(ROW, true, 0), Some(STORES));
+    let second = core.wide_window_at(other, false, 0);
+    assert_eq!(second.map(|wide| wide.number), Some(1));
+    assert_eq!(core.wide_window_at(other + LARGE, false, 0), None);
+    assert_eq!(window(&machine, LOADS), WHOLE);
 }
 
 #[test]
