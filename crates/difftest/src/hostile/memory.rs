@@ -14,7 +14,7 @@ const FENCE: usize = 64 << 10;
 const CANARY: usize = 4 * PAGE_SIZE as usize;
 const PATTERN: u8 = 0xa5;
 /// RAM is where the kernel puts it; if that is beside something else, another place is tried.
-const ATTEMPTS: usize = 16;
+const ATTEMPTS: usize = 64;
 
 /// Guest RAM with nothing but fences beside it.
 pub(super) struct FencedMemory {
@@ -25,7 +25,8 @@ pub(super) struct FencedMemory {
 
 impl FencedMemory {
     pub(super) fn new(size: u64) -> Result<Self, SceneError> {
-        // what lay badly is kept meanwhile, so that the next one lies elsewhere
+        // what lay badly is kept meanwhile, and the hole that room was found in filled, so that
+        // the next ones lie elsewhere
         let mut kept = Vec::new();
         for _ in 0..ATTEMPTS {
             // room above, which the kernel fills downwards from
@@ -44,7 +45,7 @@ impl FencedMemory {
                     above,
                 });
             }
-            kept.push(memory);
+            kept.push((memory, Fence::anywhere()));
         }
         Err(SceneError::Fences)
     }
