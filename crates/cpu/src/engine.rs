@@ -198,6 +198,14 @@ impl Cpu {
         self.drafts = on;
     }
 
+    /// Sets whether all of ring 3's code that is translated from now on is taken for code that
+    /// accesses another page each time, and is given the rows of pages that it accesses at once
+    /// (`mmu::wide`). For tests of that: it is slow.
+    pub fn set_restless(&mut self, on: bool) {
+        self.roaming.set_all(on);
+        self.core.set_impatient(on);
+    }
+
     /// Forgets all translated code and all TLB contents.
     pub fn reset_translations(&mut self) {
         self.empty_cache();

@@ -151,7 +151,7 @@ impl Core {
             debug_hits: 0,
             fatal: None,
             spaces: Spaces::new().map_err(Error::SoftTlbs)?,
-            rows: Default::default(),
+            rows: wide::Rows::default(),
             selections: 0,
             clock: None,
         };

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::mmu::Wide;
-use crate::state::WINDOWS;
+use crate::state::{WIDE_WINDOWS, WINDOWS};
 
 /// Fills of a window between two looks at the clock. So many that a loop with ever longer strides,
 /// which stays in pages at first, is not taken for one that never does.
@@ -25,6 +25,8 @@ pub(crate) type Place = (u16, Option<Wide>);
 pub(crate) struct Roaming {
     /// By guest physical address of the instruction.
     places: BTreeMap<u64, Option<Wide>>,
+    /// All places roam.
+    all: bool,
     /// When each window had been filled so often, for loads and for stores: host TSC.
     since: [[u64; WINDOWS]; 2],
 }
@@ -33,6 +35,7 @@ impl Default for Roaming {
     fn default() -> Self {
         Self {
             places: BTreeMap::new(),
+            all: false,
             since: [[0; WINDOWS]; 2],
         }
     }
@@ -57,9 +60,23 @@ impl Roaming {
         self.places.insert(place, wide);
     }
 
+    /// Takes all places for such that roam, with the wide windows in turns.
+    pub(crate) fn set_all(&mut self, on: bool) {
+        self.all = on;
+    }
+
     /// Which places in a range of addresses roam, as distances from its start.
     pub(crate) fn within(&self, range: Range<u64>) -> Vec<Place> {
         let start = range.start;
+        if self.all {
+            let wide = |address: u64| Wide {
+                store: address & 1 != 0,
+                number: (address / 2 % WIDE_WINDOWS as u64) as u8,
+            };
+            return range
+                .map(|address| ((address - start) as u16, Some(wide(address))))
+                .collect();
+        }
         let places = self.places.range(range);
         places
             .map(|(place, wide)| ((place - start) as u16, *wide))

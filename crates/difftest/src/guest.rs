@@ -103,9 +103,10 @@ impl Guest {
     /// Runs one case. The text says what went wrong where it did not end in an exception.
     pub fn run(&mut self, case: &Case) -> (Outcome, Option<String>) {
         self.load(case);
-        // both forms of blocks, and the same again for the same case
+        // all forms of blocks and accesses, and the same again for the same case
         let mixed = case.code.iter().fold(0, |mixed, byte| mixed ^ byte);
         self.cpu.set_drafts(mixed & 1 == 0);
+        self.cpu.set_restless(mixed & 6 == 0);
         self.bus.stop.store(false, Ordering::SeqCst);
         self.bus.hit.set(false);
         self.watchdog.begin();

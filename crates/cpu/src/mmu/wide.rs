@@ -20,8 +20,6 @@ use crate::state::{WIDE_MISSES, WIDE_WINDOWS, WideWindow};
 const MOST: u64 = 256 << 20;
 /// Runs of pages in a row, at most.
 const MOST_RUNS: usize = 2048;
-/// Bytes of a row, at least: less than this, the TLB holds anyway.
-const LEAST: u64 = 1 << 20;
 /// log2 of the bytes of a page that are looked at together, at most.
 const PIECE_SHIFT: u32 = 21;
 
@@ -31,8 +29,30 @@ const LOOK: u64 = 150;
 const MAP: u64 = 12_000;
 /// What its other page faults cost, for each page of the host.
 const FAULT: u64 = 300;
-/// A window is left alone for so much longer than what was last done for it took.
-const STAY: u64 = 16;
+
+/// When a window is put where it is missed.
+struct Patience {
+    /// Misses until Rust is asked.
+    misses: u64,
+    /// Bytes of a row, at least.
+    least: u64,
+    /// A window is left alone for so much longer than what was last done for it took.
+    stay: u64,
+}
+
+impl Patience {
+    const USUAL: Self = Self {
+        misses: WIDE_MISSES,
+        // less than this, the TLB holds anyway
+        least: 1 << 20,
+        stay: 16,
+    };
+    const NONE: Self = Self {
+        misses: 1,
+        least: 2 * PAGE_SIZE,
+        stay: 0,
+    };
+}
 
 /// Which window: whether for stores, and its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,11 +72,23 @@ impl Wide {
 }
 
 /// What is mapped for each window, for loads and for stores.
-pub(super) type Rows = [[Mapped; WIDE_WINDOWS]; 2];
+pub(super) struct Rows {
+    mapped: [[Mapped; WIDE_WINDOWS]; 2],
+    patience: Patience,
+}
+
+impl Default for Rows {
+    fn default() -> Self {
+        Self {
+            mapped: Default::default(),
+            patience: Patience::USUAL,
+        }
+    }
+}
 
 /// What is mapped for a window.
 #[derive(Default)]
-pub(super) struct Mapped {
+struct Mapped {
     row: Row,
     stretch: Option<Stretch>,
     /// When pages may be looked up for it again: TSC of the host.
@@ -139,7 +171,15 @@ impl Core {
     }
 
     fn mapped(&mut self, which: Wide) -> &mut Mapped {
-        &mut self.rows[usize::from(which.store)][usize::from(which.number)]
+        &mut self.rows.mapped[usize::from(which.store)][usize::from(which.number)]
+    }
+
+    /// Has wide windows put at rows of any length whenever they are missed.
+    pub(crate) fn set_impatient(&mut self, on: bool) {
+        self.rows.patience = if on { Patience::NONE } else { Patience::USUAL };
+        for which in Wide::all() {
+            self.wide_window(which).misses = self.rows.patience.misses;
+        }
     }
 
     /// The window that was missed so often that Rust is to look at it, if there is one.
@@ -161,8 +201,13 @@ impl Core {
 
     /// Puts a window that was missed at `linear` where it is of more use.
     pub(crate) fn fill_wide_window(&mut self, which: Wide, linear: u64, now: u64) {
+        let Patience {
+            misses,
+            least,
+            stay,
+        } = self.rows.patience;
         let window = self.wide_window(which);
-        window.misses = WIDE_MISSES;
+        window.misses = misses;
         let is_empty = window.limit == 0;
         if now < self.mapped(which).look {
             return;
@@ -171,7 +216,7 @@ impl Core {
             let row = std::mem::take(&mut self.mapped(which).row);
             let is_same = self.is_still(&row, which.store);
             let mapped = self.mapped(which);
-            mapped.look = now + STAY * LOOK * row.pieces;
+            mapped.look = now + stay * LOOK * row.pieces;
             mapped.row = row;
             if is_same {
                 self.open(which);
@@ -183,14 +228,14 @@ impl Core {
         }
         let mut row = self.row(linear, which.store);
         let mapped = self.mapped(which);
-        mapped.look = now + STAY * LOOK * row.pieces;
-        if row.size < LEAST {
+        mapped.look = now + stay * LOOK * row.pieces;
+        if row.size < least {
             return;
         }
         self.forget_wide_window(which);
         let memory = self.memory.clone();
         let mapped = self.mapped(which);
-        mapped.shift = now + STAY * row.cost();
+        mapped.shift = now + stay * row.cost();
         mapped.row = Row::default();
         if mapped.stretch.is_none() {
             mapped.stretch = Stretch::new(&memory, MOST as usize).ok();

@@ -77,7 +77,10 @@ pub fn run(rng: &mut Rng) -> Result<Outcome, SceneError> {
     let crew = Crew::new(memory.guest().clone(), cpus as u32);
     let mut vcpus = Vec::new();
     for index in 0..cpus {
-        vcpus.push(Cpu::new(&crew, index as u32, 1_000_000)?);
+        let mut cpu = Cpu::new(&crew, index as u32, 1_000_000)?;
+        // told by what is drawn next, so that the scene is the same
+        cpu.set_restless(rng.clone().chance(30));
+        vcpus.push(cpu);
     }
     let mut harm = None;
     for _ in 0..ROUNDS {
