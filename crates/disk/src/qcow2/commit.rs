@@ -1,0 +1,153 @@
+//! Making changes durable, in an order that leaves a whole image behind at any moment.
+
+use std::sync::PoisonError;
+
+use super::Qcow2;
+use super::header::{Autoclear, Incompatible};
+use super::refcounts::numbers;
+use super::slices::Change;
+use super::tables::Tables;
+use crate::HostFile;
+use crate::error::Result;
+
+/// What is to be written of the tables.
+struct Changes {
+    blocks: Vec<Change>,
+    table: Option<Change>,
+    l2: Vec<Change>,
+    l1: Option<Change>,
+    /// The header's first cluster, if it changed.
+    header: Option<Vec<u8>>,
+    /// Clusters that the tables lead to no more.
+    left: Vec<u64>,
+}
+
+impl Qcow2 {
+    /// Makes everything durable that was done before.
+    pub(super) fn commit(&self) -> Result<()> {
+        let _order = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
+        let changes = self.take_changes()?;
+        // data first: what the tables are going to lead to
+        self.data().sync()?;
+        let Some(changes) = changes else {
+            return Ok(());
+        };
+        let written = self.write_tables(&changes);
+        let mut tables = self.tables();
+        let ok = written.is_ok();
+        tables
+            .refcounts
+            .settle(&changes.blocks, changes.table.is_some(), ok);
+        tables.l2.settle(&changes.l2, ok);
+        tables.l1_changed |= changes.l1.is_some() && !ok;
+        if !ok {
+            tables.refcounts.leave_all(changes.left);
+            return written;
+        }
+        drop(tables);
+        self.free(changes.left)
+    }
+
+    pub(super) fn commit_if_full(&self) -> Result<()> {
+        if self.tables().is_full() {
+            self.commit()?;
+        }
+        Ok(())
+    }
+
+    /// What changed. The image is marked dirty in the file before the first change is.
+    fn take_changes(&self) -> Result<Option<Changes>> {
+        let mut tables = self.tables();
+        let tables = &mut *tables;
+        if !tables.is_changed() {
+            return Ok(None);
+        }
+        if !tables.marked {
+            let header = &mut tables.header;
+            header.autoclear &= Autoclear::RAW_DATA;
+            if header.version >= 3 {
+                header.incompatible |= Incompatible::DIRTY;
+            }
+            self.file.write_bytes(0, &header.encode()?)?;
+            self.file.sync()?;
+            tables.marked = true;
+        }
+        let moved = tables.refcounts.tell(&mut tables.header);
+        let header = if moved {
+            Some(tables.header.encode()?)
+        } else {
+            None
+        };
+        let (blocks, table) = tables.refcounts.take_changes();
+        let l1 = std::mem::take(&mut tables.l1_changed)
+            .then(|| (tables.header.l1_offset, numbers(&tables.l1)));
+        Ok(Some(Changes {
+            blocks,
+            table,
+            l2: tables.l2.take_changes(),
+            l1,
+            header,
+            left: tables.refcounts.take_left(),
+        }))
+    }
+
+    fn write_tables(&self, changes: &Changes) -> Result<()> {
+        write(&self.file, &changes.blocks)?;
+        write(&self.file, changes.table.as_slice())?;
+        if let Some(header) = &changes.header {
+            // what the new table says, before anybody looks there
+            self.file.sync()?;
+            self.file.write_bytes(0, header)?;
+        }
+        if self.layout.version == 2 {
+            // there is no mark: a cluster that is in use must never be free
+            self.file.sync()?;
+        }
+        write(&self.file, &changes.l2)?;
+        write(&self.file, changes.l1.as_slice())?;
+        self.file.sync()?;
+        Ok(())
+    }
+
+    /// Takes references off clusters that nothing leads to, when no request uses them either.
+    fn free(&self, left: Vec<u64>) -> Result<()> {
+        if left.is_empty() {
+            return Ok(());
+        }
+        let alone = self.requests.write();
+        let _alone = alone.unwrap_or_else(PoisonError::into_inner);
+        self.forget_inflated();
+        let mut tables = self.tables();
+        let size = self.layout.cluster_size();
+        let Tables { refcounts, l2, .. } = &mut *tables;
+        for cluster in left {
+            if refcounts.drop(&self.file, cluster)? {
+                l2.forget(cluster * size, size);
+                self.file.punch(cluster * size, size)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes all durable and takes the mark away.
+    pub(super) fn close(&self) -> Result<()> {
+        // what was freed by the first changes tables once more
+        while self.tables().is_changed() {
+            self.commit()?;
+        }
+        let mut tables = self.tables();
+        if std::mem::take(&mut tables.marked) {
+            tables.header.incompatible.remove(Incompatible::DIRTY);
+            self.file.write_bytes(0, &tables.header.encode()?)?;
+            self.file.sync()?;
+        }
+        Ok(())
+    }
+}
+
+fn write(file: &HostFile, changes: &[Change]) -> Result<()> {
+    for (offset, bytes) in changes {
+        file.write_bytes(*offset, bytes)?;
+    }
+    Ok(())
+}
