@@ -18,16 +18,16 @@ struct Changes {
     l1: Option<Change>,
     /// The header's first cluster, if it changed.
     header: Option<Vec<u8>>,
-    /// Clusters that the tables lead to no more.
-    left: Vec<u64>,
+    /// Clusters that nothing in the file leads to afterwards.
+    kept: Vec<u64>,
 }
 
 impl Qcow2 {
     /// Makes everything durable that was done before.
     pub(super) fn commit(&self) -> Result<()> {
         let _order = self.commit.lock().unwrap_or_else(PoisonError::into_inner);
-        let changes = self.take_changes()?;
         // data first: what the tables are going to lead to
+        let changes = self.take_changes()?;
         self.data().sync()?;
         let Some(changes) = changes else {
             return Ok(());
@@ -35,17 +35,16 @@ impl Qcow2 {
         let written = self.write_tables(&changes);
         let mut tables = self.tables();
         let ok = written.is_ok();
-        tables
-            .refcounts
-            .settle(&changes.blocks, changes.table.is_some(), ok);
+        let table = changes.table.is_some();
+        tables.refcounts.settle(&changes.blocks, table, ok);
         tables.l2.settle(&changes.l2, ok);
         tables.l1_changed |= changes.l1.is_some() && !ok;
-        if !ok {
-            tables.refcounts.leave_all(changes.left);
-            return written;
+        written?;
+        if self.layout.version == 2 {
+            self.drop_late(&mut tables)?;
         }
         drop(tables);
-        self.free(changes.left)
+        self.release(&changes.kept)
     }
 
     pub(super) fn commit_if_full(&self) -> Result<()> {
@@ -72,6 +71,9 @@ impl Qcow2 {
             self.file.sync()?;
             tables.marked = true;
         }
+        if self.layout.version >= 3 {
+            tables.refcounts.drop_left(&self.file)?;
+        }
         let moved = tables.refcounts.tell(&mut tables.header);
         let header = if moved {
             Some(tables.header.encode()?)
@@ -87,7 +89,7 @@ impl Qcow2 {
             l2: tables.l2.take_changes(),
             l1,
             header,
-            left: tables.refcounts.take_left(),
+            kept: tables.refcounts.kept(),
         }))
     }
 
@@ -109,9 +111,20 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Takes references off clusters that nothing leads to, when no request uses them either.
-    fn free(&self, left: Vec<u64>) -> Result<()> {
-        if left.is_empty() {
+    /// Without a mark, references are taken off clusters only when the file says nowhere that they
+    /// are used. That is written at once, so that whoever ends this process leaves no leaks behind.
+    fn drop_late(&self, tables: &mut Tables) -> Result<()> {
+        let refcounts = &mut tables.refcounts;
+        refcounts.drop_left(&self.file)?;
+        let (blocks, table) = refcounts.take_changes();
+        let written = write(&self.file, &blocks).and_then(|()| write(&self.file, table.as_slice()));
+        refcounts.settle(&blocks, table.is_some(), written.is_ok());
+        written
+    }
+
+    /// Gives clusters back that nothing leads to, when no request uses them either.
+    fn release(&self, clusters: &[u64]) -> Result<()> {
+        if clusters.is_empty() {
             return Ok(());
         }
         let alone = self.requests.write();
@@ -119,12 +132,10 @@ impl Qcow2 {
         self.forget_inflated();
         let mut tables = self.tables();
         let size = self.layout.cluster_size();
-        let Tables { refcounts, l2, .. } = &mut *tables;
-        for cluster in left {
-            if refcounts.drop(&self.file, cluster)? {
-                l2.forget(cluster * size, size);
-                self.file.punch(cluster * size, size)?;
-            }
+        for cluster in clusters {
+            tables.l2.forget(cluster * size, size);
+            self.file.punch(cluster * size, size)?;
+            tables.refcounts.release(*cluster);
         }
         Ok(())
     }

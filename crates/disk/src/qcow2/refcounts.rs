@@ -1,6 +1,8 @@
 //! How often each host cluster is referred to, and where free ones are. QEMU's
 //! docs/interop/qcow2.rst, section "Host cluster management". Used with the image's lock held.
 
+use std::collections::HashSet;
+
 use super::header::{Header, MAX_REFCOUNT_TABLE};
 use super::slices::{Change, Slices};
 use crate::error::{Error, Result, damaged};
@@ -24,6 +26,9 @@ pub(super) struct Refcounts {
     unused: u64,
     /// Clusters that one reference less leads to, which the file may still say does.
     leaving: Vec<u64>,
+    /// Clusters without references that must not be used yet: the file may still lead there, or a
+    /// request.
+    kept: HashSet<u64>,
     /// Where compressed data goes on: host offset.
     packed: u64,
 }
@@ -56,6 +61,7 @@ impl Refcounts {
             first_free: 0,
             unused: file.size()?.div_ceil(cluster),
             leaving: Vec::new(),
+            kept: HashSet::new(),
             packed: 0,
         })
     }
@@ -117,7 +123,7 @@ impl Refcounts {
             let size = width as usize / 8;
             bytes[..size].copy_from_slice(&value[8 - size..]);
         }
-        if value == 0 {
+        if value == 0 && !self.kept.contains(&cluster) {
             self.first_free = self.first_free.min(cluster);
         }
         Ok(())
@@ -137,23 +143,35 @@ impl Refcounts {
         self.leaving.extend(clusters);
     }
 
-    /// The same for these.
-    pub(super) fn leave_all(&mut self, clusters: Vec<u64>) {
-        self.leaving.extend(clusters);
+    /// Takes the references off clusters that were left. Those that have none then are not used
+    /// until they are released.
+    pub(super) fn drop_left(&mut self, file: &HostFile) -> Result<()> {
+        for cluster in std::mem::take(&mut self.leaving) {
+            let count = self.get(file, cluster)?;
+            let left = count.checked_sub(1);
+            let left =
+                left.ok_or_else(|| damaged(format!("cluster {cluster:#x} is freed twice")))?;
+            if left == 0 {
+                self.kept.insert(cluster);
+            }
+            self.set(file, cluster, left)?;
+        }
+        Ok(())
     }
 
-    /// The clusters that were left, to be dropped once the file says so.
-    pub(super) fn take_left(&mut self) -> Vec<u64> {
-        std::mem::take(&mut self.leaving)
+    /// The clusters that are to be released.
+    pub(super) fn kept(&self) -> Vec<u64> {
+        self.kept.iter().copied().collect()
     }
 
-    /// One reference less; returns whether it was the last.
-    pub(super) fn drop(&mut self, file: &HostFile, cluster: u64) -> Result<bool> {
-        let count = self.get(file, cluster)?;
-        let left = count.checked_sub(1);
-        let left = left.ok_or_else(|| damaged(format!("cluster {cluster:#x} is freed twice")))?;
-        self.set(file, cluster, left)?;
-        Ok(left == 0)
+    /// The cluster may be used again.
+    pub(super) fn release(&mut self, cluster: u64) {
+        self.kept.remove(&cluster);
+        self.first_free = self.first_free.min(cluster);
+    }
+
+    fn is_free(&mut self, file: &HostFile, cluster: u64) -> Result<bool> {
+        Ok(self.get(file, cluster)? == 0 && !self.kept.contains(&cluster))
     }
 
     /// Takes free clusters that follow each other: `wanted` or fewer, at least one.
@@ -162,7 +180,7 @@ impl Refcounts {
         let mut count = 0;
         while count < wanted
             && self.block(first + count).is_some()
-            && self.get(file, first + count)? == 0
+            && self.is_free(file, first + count)?
             && (first + count >= self.unused) == (first >= self.unused)
         {
             self.set(file, first + count, 1)?;
@@ -250,7 +268,7 @@ impl Refcounts {
                     self.set(file, cluster, 1)?;
                     self.unused = self.unused.max(cluster + 1);
                 }
-            } else if self.get(file, cluster)? == 0 {
+            } else if self.is_free(file, cluster)? {
                 return Ok(cluster);
             } else {
                 cluster += 1;
@@ -315,7 +333,7 @@ impl Refcounts {
 
     /// Whether something is to be written.
     pub(super) fn is_changed(&self) -> bool {
-        self.table_changed || self.blocks.is_changed()
+        self.table_changed || self.blocks.is_changed() || !self.leaving.is_empty()
     }
 
     /// Whether so much is to be written that it should be.
