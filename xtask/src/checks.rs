@@ -15,6 +15,8 @@ pub(crate) const FUZZ_MINUTES: u64 = 10;
 /// Cases of `cargo xtask long`, and boots with each number of vCPUs.
 const LONG_CASES: u64 = 1_000_000;
 const LONG_BOOTS: u32 = 50;
+/// How often `cargo xtask long` kills a machine, or another writer to an image.
+const LONG_KILLS: u32 = 200;
 
 /// Runs all tests, with nextest where it is installed.
 pub(crate) fn test(arguments: &[String]) -> Result<(), Error> {
@@ -91,7 +93,14 @@ pub(crate) fn long() -> Result<(), Error> {
             "system",
         ])
         .args(["--", "boots_in_a_row", "--nocapture"]);
-    process::succeed("boots in a row", &mut boots)
+    process::succeed("boots in a row", &mut boots)?;
+    let mut kills = cargo();
+    kills
+        .env("STRATA_TEST_KILLS", LONG_KILLS.to_string())
+        .env("STRATA_DISK_KILLS", LONG_KILLS.to_string())
+        .args(["test", "--release", "--package", "strata"])
+        .args(["--package", "strata-disk", "--", "survive", "--nocapture"]);
+    process::succeed("kills", &mut kills)
 }
 
 /// Builds the program as users do, and gives its path.

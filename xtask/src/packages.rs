@@ -39,6 +39,10 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         package: "e2fsprogs",
     },
     Program {
+        name: "qemu-img",
+        package: "qemu-utils",
+    },
+    Program {
         name: "setpriv",
         package: "util-linux",
     },

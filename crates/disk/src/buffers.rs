@@ -105,7 +105,24 @@ impl<'a> Buffers<'a> {
     }
 
     /// Fills them from byte `offset` of a file; with zeroes past its end.
-    pub(crate) fn read_from(mut self, file: &File, mut offset: u64) -> io::Result<()> {
+    pub(crate) fn read_from(mut self, file: &File, offset: u64) -> io::Result<()> {
+        self.read_some(file, offset)?;
+        self.clear();
+        Ok(())
+    }
+
+    /// Fills them from byte `offset` of a file. Fails with `UnexpectedEof` past its end.
+    pub(crate) fn read_exact_from(mut self, file: &File, offset: u64) -> io::Result<()> {
+        self.read_some(file, offset)?;
+        if self.is_empty() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::UnexpectedEof.into())
+        }
+    }
+
+    /// Fills them as far as the file goes, and leaves the rest.
+    fn read_some(&mut self, file: &File, mut offset: u64) -> io::Result<()> {
         while !self.is_empty() {
             let vectors = self.vectors();
             // SAFETY: each vector is writable memory that a piece stands for; nobody holds Rust
@@ -119,10 +136,7 @@ impl<'a> Buffers<'a> {
                 )
             };
             match result(done)? {
-                Some(0) => {
-                    self.clear();
-                    break;
-                }
+                Some(0) => break,
                 Some(done) => {
                     let _ = self.take(done);
                     offset += done;

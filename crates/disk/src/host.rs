@@ -17,12 +17,25 @@ const ZERO_PIECE: u64 = 256 << 10;
 #[derive(Debug)]
 pub struct HostFile {
     file: File,
+    durable: bool,
 }
 
 impl HostFile {
     /// A file that was opened for what is to be done with it.
     pub fn new(file: File) -> Self {
-        Self { file }
+        Self {
+            file,
+            durable: true,
+        }
+    }
+
+    /// The same for one whose content can be made again: what is written survives the end of the
+    /// process, as that of any file does, but is made durable only when the host likes.
+    pub fn relaxed(file: File) -> Self {
+        Self {
+            file,
+            durable: false,
+        }
     }
 
     /// Its size in bytes.
@@ -34,6 +47,11 @@ impl HostFile {
     /// Fills `buffers` from byte `offset` on; with zeroes past the end.
     pub fn read(&self, offset: u64, buffers: Buffers) -> io::Result<()> {
         buffers.read_from(&self.file, offset)
+    }
+
+    /// Fills `buffers` from byte `offset` on. Fails with `UnexpectedEof` past the end.
+    pub fn read_exact(&self, offset: u64, buffers: Buffers) -> io::Result<()> {
+        buffers.read_exact_from(&self.file, offset)
     }
 
     /// Writes `buffers` from byte `offset` on.
@@ -53,7 +71,10 @@ impl HostFile {
 
     /// Makes what was written before durable.
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        if self.durable {
+            self.file.sync_data()?;
+        }
+        Ok(())
     }
 
     /// Sets the size in bytes.

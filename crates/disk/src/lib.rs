@@ -12,15 +12,22 @@
 //! This crate knows nothing of guests or of how disks are attached to them.
 
 mod buffers;
+mod copy;
 mod error;
 mod host;
+mod open;
 pub mod qcow2;
+mod raw;
 
 use std::fmt::Debug;
 
 pub use buffers::Buffers;
+pub use copy::{Copied, copy};
 pub use error::{Error, Result};
 pub use host::HostFile;
+pub use open::{Format, OpenError, Opened, open, open_file};
+pub use qcow2::Qcow2;
+pub use raw::Raw;
 
 /// Bytes in a sector, in which guests count.
 pub const SECTOR_SIZE: u64 = 512;
@@ -46,7 +53,7 @@ pub trait Disk: Send + Sync + Debug {
     /// Makes everything durable that was written before.
     fn flush(&self) -> Result<()>;
 
-    /// What there is at `offset`, and how far it goes on, up to `length` bytes.
+    /// What there is at `offset`, and how far it goes on, up to `length` bytes; `length` is not 0.
     fn extent(&self, offset: u64, length: u64) -> Result<Extent>;
 }
 
@@ -57,6 +64,8 @@ pub struct Extent {
     pub length: u64,
     /// What they are.
     pub kind: ExtentKind,
+    /// Which image they are in: 0 is this one, 1 the one it is based on, and so forth.
+    pub depth: u32,
 }
 
 /// Where the bytes of an extent are.
@@ -66,8 +75,15 @@ pub enum ExtentKind {
     Data(u64),
     /// In the image's file, compressed.
     Compressed,
-    /// Nowhere: they are zeroes.
+    /// Nowhere: the image says that they are zeroes.
     Zero,
-    /// In the backing image; zeroes, if there is none or it ends before them.
-    Backing,
+    /// Nowhere: no image says anything of them, so they are zeroes.
+    Absent,
+}
+
+impl ExtentKind {
+    /// Whether the bytes are zeroes, and need not be read.
+    pub fn is_zero(self) -> bool {
+        matches!(self, Self::Zero | Self::Absent)
+    }
 }

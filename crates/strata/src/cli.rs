@@ -8,6 +8,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::disk::DiskCommand;
 use crate::exit;
 use crate::units::{self, Disk, Module};
 
@@ -35,6 +36,9 @@ pub(crate) enum Command {
     /// with -- CMD the command runs in the guest instead, with this process's standard input,
     /// output and error, and its exit status.
     Run(RunArgs),
+    /// Make, look at, change and copy disk images
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Tell what this host can do, and which accelerator would be used and why
     Doctor(DoctorArgs),
     /// Give the terminal back if the process that started this one dies
@@ -71,8 +75,9 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::memory)]
     pub(crate) memory: u64,
 
-    /// A disk image, raw; with ,ro it is not written to. Repeat for /dev/vda, /dev/vdb, ...
-    #[arg(long = "disk", value_name = "PATH[,ro]",
+    /// A disk image or block device; with ,ro it is not written to. What is not called .qcow2 is raw,
+    /// unless format=qcow2 says otherwise. Repeat for /dev/vda, /dev/vdb, ...
+    #[arg(long = "disk", value_name = "PATH[,ro][,format=FORMAT]",
           value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
     pub(crate) disks: Vec<Disk>,
 

@@ -21,6 +21,10 @@ pub(crate) enum End {
     DebugExit(u32),
     /// `strata doctor` finds that this host cannot run guests: 1.
     Unfit,
+    /// `strata disk check` finds that data may be lost: 2.
+    DiskDamaged,
+    /// `strata disk check` finds room that is not used and not free: 3.
+    DiskLeaks,
     /// The time of `--timeout` was over: 124.
     Timeout,
     /// No machine was started: bad input, or the host lacks something: 125.
@@ -46,6 +50,8 @@ impl End {
             // As QEMU's isa-debug-exit has it, which test kernels are written for.
             Self::DebugExit(value) => (value << 1 | 1) as u8,
             Self::Unfit => 1,
+            Self::DiskDamaged => 2,
+            Self::DiskLeaks => 3,
             Self::Timeout => 124,
             Self::NotStarted => 125,
             Self::Signal(number) => 128_u8.saturating_add(u8::try_from(number).unwrap_or(127)),

@@ -6,6 +6,7 @@ mod appliance;
 mod cli;
 mod command;
 mod console;
+mod disk;
 mod doctor;
 mod exit;
 mod guard;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
                 End::NotStarted
             })
         }
+        Command::Disk(command) => disk::run(command).unwrap_or_else(|fault| disk::say(&fault)),
         Command::TerminalGuard => match guard::watch() {
             Ok(()) => End::Done,
             Err(_) => End::NotStarted,

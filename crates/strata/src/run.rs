@@ -189,6 +189,7 @@ fn disks(args: &RunArgs) -> Vec<DiskConfig> {
         .iter()
         .map(|disk| DiskConfig {
             path: disk.path.clone(),
+            format: disk.format,
             read_only: disk.read_only,
         })
         .collect()

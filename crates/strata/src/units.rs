@@ -5,29 +5,46 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use strata_disk::Format;
+
 /// Granularity of guest memory: a page, in bytes.
 const PAGE: u64 = 4096;
 
 /// Parses a memory size with a unit, such as `512M`, `2G` or `1GiB`; powers of 1024. Bytes.
 pub(crate) fn memory(text: &str) -> Result<u64, String> {
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("a size needs a unit: K, M, G or T, as in 512M".to_owned());
+    }
+    let bytes = bytes(text)?;
+    if bytes == 0 || bytes % PAGE != 0 {
+        return Err("a size of memory is a multiple of 4K and not zero".to_owned());
+    }
+    Ok(bytes)
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let shift = match unit.to_ascii_lowercase().as_str() {
+        "" => 0,
         "k" | "kb" | "kib" => 10,
         "m" | "mb" | "mib" => 20,
         "g" | "gb" | "gib" => 30,
         "t" | "tb" | "tib" => 40,
-        "" => return Err("a size needs a unit: K, M, G or T, as in 512M".to_owned()),
         _ => return Err(format!("'{unit}' is not a unit of size; use K, M, G or T")),
     };
     let number: u64 = number
         .parse()
         .map_err(|_| "a size is a number and a unit, as in 512M".to_owned())?;
-    let bytes = number
-        .checked_mul(1 << shift)
-        .ok_or("the size is too large")?;
-    if bytes == 0 || bytes % PAGE != 0 {
-        return Err("a size of memory is a multiple of 4K and not zero".to_owned());
+    let bytes = number.checked_mul(1 << shift);
+    Ok(bytes.ok_or("the size is too large")?)
+}
+
+/// Parses the size of a disk, with or without a unit: `20G`, `512`. Bytes, whole sectors.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let bytes = bytes(text)?;
+    if bytes % strata_disk::SECTOR_SIZE != 0 {
+        return Err("the size of a disk is a multiple of 512".to_owned());
     }
     Ok(bytes)
 }
@@ -58,23 +75,46 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
+    pub(crate) format: Option<Format>,
     pub(crate) read_only: bool,
 }
 
-/// Parses `PATH`, `PATH,ro` or `PATH,rw`. Any other comma belongs to the path.
+/// Parses `PATH` with any of `,ro`, `,rw` and `,format=FORMAT` behind. Any other comma belongs to
+/// the path.
 pub(crate) fn disk(text: &OsStr) -> Result<Disk, String> {
-    let bytes = text.as_bytes();
-    let (path, read_only) = if let Some(path) = bytes.strip_suffix(b",ro") {
-        (path, true)
-    } else {
-        (bytes.strip_suffix(b",rw").unwrap_or(bytes), false)
-    };
+    let mut path = text.as_bytes();
+    let (mut read_only, mut format) = (false, None);
+    while let Some(comma) = path.iter().rposition(|byte| *byte == b',') {
+        match &path[comma + 1..] {
+            b"ro" => read_only = true,
+            b"rw" => read_only = false,
+            option => {
+                let Some(name) = option.strip_prefix(b"format=") else {
+                    break;
+                };
+                format = Some(self::format(&String::from_utf8_lossy(name))?);
+            }
+        }
+        path = &path[..comma];
+    }
     if path.is_empty() {
         return Err("a disk is a file: PATH, or PATH,ro to keep it unchanged".to_owned());
     }
     Ok(Disk {
         path: OsStr::from_bytes(path).into(),
+        format,
         read_only,
+    })
+}
+
+/// Parses the name of an image format.
+pub(crate) fn format(name: &str) -> Result<Format, String> {
+    Format::from_name(name).ok_or_else(|| {
+        let known: Vec<_> = Format::ALL.into_iter().map(Format::name).collect();
+        format!(
+            "there is no image format {name:?}; there are {}",
+            known.join(", ")
+        )
     })
 }
 
@@ -204,6 +244,10 @@ mod tests {
         assert!(!parse("a.img,rw").read_only);
         assert!(parse("a.img,ro").read_only);
         assert_eq!(parse("a,b.img,ro").path, PathBuf::from("a,b.img"));
+        let image = parse("a.img,ro,format=qcow2");
+        assert_eq!((image.format, image.read_only), (Some(Format::Qcow2), true));
+        assert_eq!(parse("a.qcow2").format, None);
+        assert!(disk(OsStr::new("a,format=floppy")).is_err());
         assert!(disk(OsStr::new(",ro")).is_err());
     }
 

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         .unwrap_or(512);
     let disk = |path: String| DiskConfig {
         path: path.into(),
+        format: None,
         read_only: false,
     };
     let initrd = match initrd.as_str() {

@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::path::PathBuf;
 
+use strata_disk::Format;
+
 /// Everything a machine is built from.
 #[derive(Debug)]
 pub struct MachineConfig {
@@ -68,6 +70,8 @@ pub struct BootModule {
 pub struct DiskConfig {
     /// Where it is on the host.
     pub path: PathBuf,
+    /// Its format; without, its name decides.
+    pub format: Option<Format>,
     /// Whether the guest may only read it.
     pub read_only: bool,
 }

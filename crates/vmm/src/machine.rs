@@ -111,7 +111,7 @@ impl Machine {
         let memory = GuestMemory::new(size).map_err(|source| Error::Memory { size, source })?;
         let registers = loaded.install(&memory)?;
         drop(loaded);
-        let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.read_only);
+        let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.format, disk.read_only);
         let disks: Result<_, _> = disks.iter().map(open).collect();
         let disks = disks.map_err(virtio::Error::Disk)?;
         let clock = Clock {

@@ -140,8 +140,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Makes all durable and takes the mark away.
-    pub(super) fn close(&self) -> Result<()> {
+    /// Makes all durable, and says in the file that it was closed.
+    pub fn close(&self) -> Result<()> {
         // what was freed by the first changes tables once more
         while self.tables().is_changed() {
             self.commit()?;

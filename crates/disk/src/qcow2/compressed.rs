@@ -8,8 +8,8 @@ use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use super::Qcow2;
 use super::header::Compression;
 use super::layout::{CompressedData, Entry};
-use crate::Buffers;
 use crate::error::{Error, Result, damaged};
+use crate::{Buffers, Disk};
 
 /// A cluster that was decompressed last: its host offset and what is in it.
 pub(super) type Inflated = Option<(u64, Arc<[u8]>)>;
@@ -52,6 +52,31 @@ impl Qcow2 {
     /// Forgets what was decompressed: its room may be used for something else.
     pub(super) fn forget_inflated(&self) {
         *self.inflated.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Fills this image, which is blank, with what is on another disk, compressed. `progress` is told
+    /// how many bytes are done.
+    pub fn copy_compressed(&self, from: &dyn Disk, progress: &dyn Fn(u64)) -> Result<()> {
+        let size = self.layout.cluster_size();
+        let mut cluster = vec![0; size as usize];
+        let mut at = 0;
+        while at < from.size() {
+            let extent = from.extent(at, from.size() - at)?;
+            let skip = extent.length / size * size;
+            if extent.kind.is_zero() && skip > 0 {
+                at += skip;
+            } else {
+                let length = size.min(from.size() - at);
+                let data = &mut cluster[..length as usize];
+                from.read(at, Buffers::from(&mut *data))?;
+                if data.iter().any(|byte| *byte != 0) {
+                    self.write_compressed(at, data)?;
+                }
+                at += length;
+            }
+            progress(at);
+        }
+        Ok(())
     }
 
     /// Writes a whole cluster compressed, if that saves room. It must be one that was never written.

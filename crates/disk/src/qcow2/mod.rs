@@ -14,6 +14,7 @@
 //! to it. While it has changed tables, a version 3 image is marked dirty: after a crash its refcounts
 //! are made anew from its tables when it is opened.
 
+mod chain;
 mod check;
 mod commit;
 mod compressed;
@@ -32,8 +33,8 @@ pub use check::{Repair, Report};
 use compressed::Inflated;
 pub use create::{Options, create};
 pub use header::Compression;
-use header::{Header, Incompatible};
-use layout::Layout;
+use header::{Compatible, Header, Incompatible};
+use layout::{Layout, Place};
 pub use snapshots::Snapshot;
 use tables::Tables;
 
@@ -84,6 +85,48 @@ pub fn references(file: &HostFile) -> Result<References> {
     })
 }
 
+/// What an image is like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Version of the format.
+    pub version: u32,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Bytes of a cluster.
+    pub cluster_size: u64,
+    /// How clusters are compressed, if any are.
+    pub compression: Compression,
+    /// Whether parts of clusters have states of their own.
+    pub extended_l2: bool,
+    /// Whether refcounts may be written late.
+    pub lazy_refcounts: bool,
+    /// Bits of a refcount.
+    pub refcount_bits: u32,
+    /// Whether it was not closed: opening it for writing mends its refcounts.
+    pub dirty: bool,
+    /// Whether it is known to be damaged.
+    pub corrupt: bool,
+    /// How many snapshots are in it.
+    pub snapshots: u32,
+}
+
+/// What the image in a file is like.
+pub fn facts(file: &HostFile) -> Result<Facts> {
+    let header = read_header(file)?;
+    Ok(Facts {
+        version: header.version,
+        size: header.size,
+        cluster_size: 1 << header.cluster_bits,
+        compression: header.compression,
+        extended_l2: header.has_subclusters(),
+        lazy_refcounts: header.compatible.contains(Compatible::LAZY_REFCOUNTS),
+        refcount_bits: 1 << header.refcount_order,
+        dirty: header.incompatible.contains(Incompatible::DIRTY),
+        corrupt: header.incompatible.contains(Incompatible::CORRUPT),
+        snapshots: header.snapshots,
+    })
+}
+
 fn read_header(file: &HostFile) -> Result<Header> {
     let mut first = vec![0; 512];
     file.read_bytes(0, &mut first)?;
@@ -106,6 +149,23 @@ impl Qcow2 {
         if external != data_file.is_some() {
             return Err(Error::Invalid("the image needs its data file".to_owned()));
         }
+        Self::with_header(file, header, backing, data_file, writable)
+    }
+
+    /// Opens an image for its tables alone: data of its own or of what it is based on is not to be
+    /// had.
+    pub fn open_tables(file: HostFile, writable: bool) -> Result<Self> {
+        let header = read_header(&file)?;
+        Self::with_header(file, header, None, None, writable)
+    }
+
+    fn with_header(
+        file: HostFile,
+        header: Header,
+        backing: Option<Arc<dyn Disk>>,
+        data_file: Option<HostFile>,
+        writable: bool,
+    ) -> Result<Self> {
         let size = header.size;
         let tables = Tables::open(&file, header)?;
         if writable {
@@ -230,16 +290,29 @@ impl Disk for Qcow2 {
 
     fn extent(&self, offset: u64, length: u64) -> Result<Extent> {
         self.check_range(offset, length)?;
-        let found = self.tables().find(&self.file, offset, length.max(1))?;
-        let kind = match found.place {
-            layout::Place::Data(host, _) => ExtentKind::Data(host),
-            layout::Place::Zero => ExtentKind::Zero,
-            layout::Place::Backing => ExtentKind::Backing,
-            layout::Place::Compressed(_) => ExtentKind::Compressed,
-        };
-        Ok(Extent {
+        let found = self.tables().find(&self.file, offset, length)?;
+        let here = |kind| Extent {
             length: found.length,
             kind,
+            depth: 0,
+        };
+        Ok(match found.place {
+            Place::Data(host, _) => here(ExtentKind::Data(host)),
+            Place::Zero => here(ExtentKind::Zero),
+            Place::Compressed(_) => here(ExtentKind::Compressed),
+            Place::Backing => {
+                let below = self.backing.as_ref().map(|disk| (disk, disk.size()));
+                match below.filter(|(_, size)| offset < *size) {
+                    None => here(ExtentKind::Absent),
+                    Some((disk, size)) => {
+                        let extent = disk.extent(offset, found.length.min(size - offset))?;
+                        Extent {
+                            depth: extent.depth + 1,
+                            ..extent
+                        }
+                    }
+                }
+            }
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Whole-system tests: real guests, booted through the `strata` binary as a user would.
 //!
-//! They need what `cargo xtask test` installs: gcc, strace, e2fsprogs, setpriv, xz and zstd.
+//! They need what `cargo xtask test` installs: gcc, strace, e2fsprogs, qemu-utils, setpriv, xz and zstd.
 //! All share the user's cached appliance. No test asserts a time.
 #![forbid(unsafe_code)]
 
@@ -17,5 +17,6 @@ mod memory;
 mod multiboot;
 mod programs;
 mod pty;
+mod qcow2;
 mod sandbox;
 mod terminal;

@@ -18,7 +18,6 @@ mod doorbell;
 mod entropy;
 mod pipe;
 mod root;
-mod sys;
 
 use std::io;
 use std::sync::Arc;
@@ -29,10 +28,11 @@ use strata_devices::virtio::{Block, BlockConfig, Console, Entropy, MAX_PORTS, Po
 use strata_memory::GuestMemory;
 
 use console::{Streams, Writer};
-pub use disk::{Disk, DiskError};
+pub use disk::Disk;
 use doorbell::Doorbell;
 pub use root::PciRoot;
 use root::{Endpoint, Shared};
+pub use strata_disk::OpenError;
 
 pub use crate::config::ConsolePort as Port;
 
@@ -51,7 +51,7 @@ pub trait MsiSink: Send + Sync {
 pub enum Error {
     /// A disk's file is not fit for it.
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] OpenError),
     /// There are more devices than the bus holds.
     #[error("the machine has too many devices")]
     Bus(#[from] BusFull),

@@ -152,7 +152,7 @@ fn a_disk_is_written_flushed_and_read_on_all_its_queues() {
     image.as_file().set_len(1 << 20).unwrap();
     let mut machine = machine(2, |devices| {
         devices
-            .add_disk(Disk::open(image.path(), false).unwrap())
+            .add_disk(Disk::open(image.path(), None, false).unwrap())
             .unwrap();
     });
     let data = machine.driver.place(&[0x5a; 1024]);
@@ -187,7 +187,7 @@ fn requests_queued_when_the_machine_stops_are_still_done() {
     image.as_file().set_len(1 << 20).unwrap();
     let mut machine = machine(1, |devices| {
         devices
-            .add_disk(Disk::open(image.path(), false).unwrap())
+            .add_disk(Disk::open(image.path(), None, false).unwrap())
             .unwrap();
     });
     let data = machine.driver.place(&[0x77; 512]);

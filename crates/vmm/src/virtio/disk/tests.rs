@@ -1,6 +1,8 @@
+use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 
+use strata_devices::virtio::SectorRange;
 use strata_memory::{Bytes, GuestMemory};
 use tempfile::{NamedTempFile, TempDir};
 
@@ -12,8 +14,8 @@ fn image(size: usize) -> NamedTempFile {
     file
 }
 
-fn error(path: &Path, read_only: bool) -> DiskError {
-    Disk::open(path, read_only).unwrap_err()
+fn error(path: &Path, read_only: bool) -> OpenError {
+    Disk::open(path, None, read_only).unwrap_err()
 }
 
 fn segments(parts: &[(u64, u32)]) -> Vec<Segment> {
@@ -35,9 +37,9 @@ fn range(offset: u64, length: u64, may_unmap: bool) -> SectorRange {
 fn a_missing_disk_is_named_with_what_to_do() {
     let error = error(Path::new("/nowhere/data.img"), false);
 
-    assert!(matches!(error, DiskError::Missing { .. }));
+    assert!(matches!(error, OpenError::Missing { .. }));
     let text = "disk /nowhere/data.img does not exist; check the path, or make it: \
-                truncate -s 1G /nowhere/data.img";
+                strata disk create /nowhere/data.img 1G";
     assert_eq!(error.to_string(), text);
 }
 
@@ -59,34 +61,34 @@ fn odd_and_empty_files_are_refused_with_how_to_pad_them() {
 
     assert!(matches!(
         error(image(0).path(), false),
-        DiskError::Empty { .. }
+        OpenError::Empty { .. }
     ));
 }
 
 #[test]
 fn a_disk_in_use_is_refused_until_it_is_free() {
     let image = image(512);
-    let first = Disk::open(image.path(), false).unwrap();
+    let first = Disk::open(image.path(), None, false).unwrap();
 
     assert!(matches!(
         error(image.path(), false),
-        DiskError::InUse { .. }
+        OpenError::InUse { .. }
     ));
-    assert!(matches!(error(image.path(), true), DiskError::InUse { .. }));
+    assert!(matches!(error(image.path(), true), OpenError::InUse { .. }));
 
     drop(first);
-    Disk::open(image.path(), false).unwrap();
+    Disk::open(image.path(), None, false).unwrap();
 }
 
 #[test]
 fn readers_share_a_disk_and_keep_writers_out() {
     let image = image(512);
-    let _first = Disk::open(image.path(), true).unwrap();
-    let _second = Disk::open(image.path(), true).unwrap();
+    let _first = Disk::open(image.path(), None, true).unwrap();
+    let _second = Disk::open(image.path(), None, true).unwrap();
 
     assert!(matches!(
         error(image.path(), false),
-        DiskError::InUse { .. }
+        OpenError::InUse { .. }
     ));
 }
 
@@ -103,20 +105,20 @@ fn permissions_tell_whether_reading_would_work() {
     allow(0o400);
     assert!(matches!(
         error(image.path(), false),
-        DiskError::NotWritable { .. }
+        OpenError::NotWritable { .. }
     ));
-    Disk::open(image.path(), true).unwrap();
+    Disk::open(image.path(), None, true).unwrap();
     allow(0);
     assert!(matches!(
         error(image.path(), true),
-        DiskError::NotReadable { .. }
+        OpenError::NotReadable { .. }
     ));
 }
 
 #[test]
 fn what_is_written_is_read_back_across_scattered_buffers() {
     let image = image(4096);
-    let disk = Disk::open(image.path(), false).unwrap();
+    let disk = Disk::open(image.path(), None, false).unwrap();
     let memory = GuestMemory::new(0x10000).unwrap();
     let data: Vec<u8> = (0..1024).map(|i| i as u8).collect();
     memory
@@ -154,7 +156,7 @@ fn what_is_written_is_read_back_across_scattered_buffers() {
 #[test]
 fn a_request_with_more_buffers_than_the_kernel_takes_at_once_is_done_whole() {
     let image = image(512 * 4096);
-    let disk = Disk::open(image.path(), false).unwrap();
+    let disk = Disk::open(image.path(), None, false).unwrap();
     let memory = GuestMemory::new(0x40_0000).unwrap();
     let buffers: Vec<_> = (0..4096)
         .map(|i| Segment {
@@ -183,7 +185,7 @@ fn reads_into_translated_code_are_told() {
         }
     }
     let image = image(4096);
-    let disk = Disk::open(image.path(), false).unwrap();
+    let disk = Disk::open(image.path(), None, false).unwrap();
     let memory = GuestMemory::new(0x10000).unwrap();
     let log = Arc::default();
     memory.code().set_listener(Box::new(Log(Arc::clone(&log))));
@@ -198,7 +200,7 @@ fn reads_into_translated_code_are_told() {
 #[test]
 fn discarded_and_zeroed_ranges_read_zero_and_the_size_stays() {
     let image = image(3 * 65536);
-    let disk = Disk::open(image.path(), false).unwrap();
+    let disk = Disk::open(image.path(), None, false).unwrap();
     let memory = GuestMemory::new(0x1000).unwrap();
     let discard = Action::Discard(vec![range(0, 4096, false)]);
     let ranges = vec![
@@ -226,7 +228,7 @@ fn discarded_and_zeroed_ranges_read_zero_and_the_size_stays() {
 #[test]
 fn a_file_that_has_shrunk_gives_io_errors() {
     let image = image(4096);
-    let disk = Disk::open(image.path(), false).unwrap();
+    let disk = Disk::open(image.path(), None, false).unwrap();
     let memory = GuestMemory::new(0x10000).unwrap();
     image.as_file().set_len(512).unwrap();
 

@@ -1,0 +1,151 @@
+//! Changing what an image is based on, and how large it is.
+
+use super::refcounts::numbers;
+use super::{Qcow2, header::MAX_L1};
+use crate::copy::{Copied, Part, each_part};
+use crate::error::{Error, Result};
+use crate::{Disk, ExtentKind};
+
+impl Qcow2 {
+    /// Writes what this image has of its own to the one that it is based on, `below`, which was
+    /// opened for that. Afterwards this image has nothing of its own.
+    pub fn commit_to(
+        &mut self,
+        below: &dyn Disk,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<Copied> {
+        self.check_change(0, 0)?;
+        if below.size() < self.size {
+            let what = "the image below is smaller; resize it first".to_owned();
+            return Err(Error::Invalid(what));
+        }
+        // what is not of this image's own is left as it is
+        let own = Own(self);
+        let copied = each_part(&own, 1, progress, &|at, part| match part {
+            Part::Zeroes(length) => {
+                let mut done = 0;
+                while done < length {
+                    let extent = self.extent(at + done, length - done)?;
+                    if extent.depth == 0 && extent.kind != ExtentKind::Absent {
+                        below.write_zeroes(at + done, extent.length, true)?;
+                    }
+                    done += extent.length;
+                }
+                Ok(())
+            }
+            Part::Data(bytes) => below.write(at, bytes.into()),
+        })?;
+        below.flush()?;
+        self.empty()?;
+        Ok(copied)
+    }
+
+    /// Forgets everything that this image has of its own.
+    fn empty(&mut self) -> Result<()> {
+        self.change_header(|header, place| {
+            let entries = header.l1_entries as usize;
+            header.l1_offset = place(&numbers(&vec![0; entries]))?;
+            Ok(())
+        })
+    }
+
+    /// Has the image based on another, of which `name` and `format` are written down. What is on the
+    /// disk changes where the other is not the same.
+    pub fn set_backing(&mut self, backing: Option<(&str, &str)>) -> Result<()> {
+        self.check_change(0, 0)?;
+        self.change_header(|header, _| {
+            header.backing_name = backing.map(|(name, _)| name.to_owned());
+            header.backing_format = backing.map(|(_, format)| format.to_owned());
+            Ok(())
+        })
+    }
+
+    /// Makes the disk larger or smaller. What is new is zeroes.
+    pub fn resize(&mut self, size: u64) -> Result<()> {
+        self.check_change(0, 0)?;
+        let old = self.size;
+        if size < old {
+            if !self.snapshots()?.is_empty() {
+                let what = "an image with snapshots cannot become smaller".to_owned();
+                return Err(Error::Unsupported(what));
+            }
+            // what is cut off must not come back when the disk grows again
+            self.write_zeroes(size, old - size, true)?;
+        }
+        let entries = self.layout.l1_entries(size);
+        if entries * 8 > MAX_L1 {
+            let what = "the disk is too large for its cluster size".to_owned();
+            return Err(Error::Invalid(what));
+        }
+        self.commit()?;
+        let mut l1 = self.tables().l1.clone();
+        l1.resize(l1.len().max(entries as usize), 0);
+        self.change_header(|header, place| {
+            header.size = size;
+            if l1.len() > header.l1_entries as usize {
+                header.l1_offset = place(&numbers(&l1))?;
+                header.l1_entries = l1.len() as u32;
+            }
+            Ok(())
+        })?;
+        let cluster = self.layout.cluster_size();
+        let end = old.next_multiple_of(cluster).min(size);
+        if size > old {
+            // the rest of the last cluster, and what an image below has there
+            self.write_zeroes(old, end - old, false)?;
+            self.hide_below(end, size)?;
+        }
+        self.flush()
+    }
+
+    /// Makes bytes zeroes that an image below would show.
+    fn hide_below(&self, start: u64, end: u64) -> Result<()> {
+        let mut at = start;
+        while at < end {
+            let extent = self.extent(at, end - at)?;
+            if extent.depth > 0 && extent.kind != ExtentKind::Absent {
+                self.write_zeroes(at, extent.length, true)?;
+            }
+            at += extent.length;
+        }
+        Ok(())
+    }
+}
+
+/// What an image has of its own; zeroes, elsewhere.
+#[derive(Debug)]
+struct Own<'a>(&'a Qcow2);
+
+impl Disk for Own<'_> {
+    fn size(&self) -> u64 {
+        self.0.size
+    }
+
+    fn read(&self, offset: u64, buffers: crate::Buffers) -> Result<()> {
+        self.0.read(offset, buffers)
+    }
+
+    fn write(&self, _: u64, _: crate::Buffers) -> Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn extent(&self, offset: u64, length: u64) -> Result<crate::Extent> {
+        let mut extent = self.0.extent(offset, length)?;
+        if extent.depth > 0 {
+            extent.kind = ExtentKind::Absent;
+        }
+        Ok(extent)
+    }
+}

@@ -1,0 +1,300 @@
+//! `strata disk`: images made, looked at, changed and copied.
+
+mod args;
+mod report;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub(crate) use args::DiskCommand;
+use args::{ConvertArgs, CreateArgs, LayoutArgs, Packing, SnapshotCommand};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use strata_disk::qcow2::{self, Compression};
+use strata_disk::{Disk, Format, HostFile, OpenError, Opened, Qcow2, Raw};
+
+use crate::exit::End;
+use crate::units;
+
+/// Why a command about disks failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiskFault {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("{}", path.display())]
+    Image {
+        path: PathBuf,
+        source: strata_disk::Error,
+    },
+    #[error("{} exists already; remove it first, or use another name", path.display())]
+    Exists { path: PathBuf },
+    #[error("{} cannot be made", path.display())]
+    Create { path: PathBuf, source: io::Error },
+    #[error("{0}")]
+    Usage(String),
+}
+
+type Result<T, E = DiskFault> = std::result::Result<T, E>;
+
+/// Names the image that something failed with.
+fn with<T, E: Into<strata_disk::Error>>(path: &Path, result: Result<T, E>) -> Result<T> {
+    result.map_err(|source| DiskFault::Image {
+        path: path.to_path_buf(),
+        source: source.into(),
+    })
+}
+
+/// Carries out `strata disk`.
+pub(crate) fn run(command: DiskCommand) -> Result<End> {
+    match command {
+        DiskCommand::Create(args) => create(&args)?,
+        DiskCommand::Clone { from, to, format } => clone(&from, &to, format)?,
+        DiskCommand::Info(args) => report::info(&args)?,
+        DiskCommand::Check { look, repair } => return report::check(&look, repair),
+        DiskCommand::Map(args) => report::map(&args)?,
+        DiskCommand::Convert(args) => convert(&args)?,
+        DiskCommand::Resize {
+            path,
+            size,
+            shrink,
+            format,
+        } => resize(&path, &size, shrink, format)?,
+        DiskCommand::Commit { path } => commit(&path)?,
+        DiskCommand::Snapshot(command) => snapshot(command)?,
+    }
+    Ok(End::Done)
+}
+
+/// What a new image is to be, by its name.
+fn format_of(path: &Path, format: Option<Format>) -> Format {
+    let extension = path.extension().and_then(|e| e.to_str());
+    format.unwrap_or(match extension {
+        Some("raw" | "img") => Format::Raw,
+        _ => Format::Qcow2,
+    })
+}
+
+impl LayoutArgs {
+    fn options(&self, size: u64) -> qcow2::Options {
+        qcow2::Options {
+            cluster_size: self.cluster_size,
+            compression: match self.compression {
+                Packing::Zlib => Compression::Zlib,
+                Packing::Zstd => Compression::Zstd,
+            },
+            extended_l2: self.extended_l2,
+            ..qcow2::Options::new(size)
+        }
+    }
+}
+
+/// A new image, which is removed again if making it fails.
+fn make(path: &Path, fill: impl FnOnce(HostFile) -> Result<()>) -> Result<()> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path);
+    let file = file.map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => DiskFault::Exists {
+            path: path.to_path_buf(),
+        },
+        _ => DiskFault::Create {
+            path: path.to_path_buf(),
+            source,
+        },
+    })?;
+    // as when a file is copied: it can be made again
+    let result = fill(HostFile::relaxed(file));
+    if result.is_err() {
+        let _ = fs::remove_file(path);
+    }
+    result
+}
+
+fn create(args: &CreateArgs) -> Result<()> {
+    let format = format_of(&args.path, args.format);
+    let backing = match &args.backing {
+        None => None,
+        Some(path) => Some(backing(&args.path, path, args.backing_format)?),
+    };
+    let size = args.size.or(backing.as_ref().map(|backing| backing.size));
+    let size = size.unwrap_or_default();
+    if format == Format::Raw {
+        if backing.is_some() {
+            let what = "a raw image has no room to say what it is based on; use --format qcow2";
+            return Err(DiskFault::Usage(what.to_owned()));
+        }
+        return make(&args.path, |file| with(&args.path, file.set_size(size)));
+    }
+    let mut options = args.layout.options(size);
+    options.backing = backing.map(|backing| (backing.name, backing.format.name().to_owned()));
+    make(&args.path, |file| {
+        with(&args.path, qcow2::create(&file, &options))
+    })
+}
+
+/// What an image is to be based on.
+struct Backing {
+    name: String,
+    format: Format,
+    size: u64,
+}
+
+/// Looks at the image at `below`, and how the one at `path` is to name it.
+fn backing(path: &Path, below: &Path, format: Option<Format>) -> Result<Backing> {
+    let format = strata_disk::open_file(below, format, false)?.format;
+    let size = strata_disk::open(below, Some(format), false)?.size();
+    let absolute = |path: &Path| with(path, std::path::absolute(path));
+    let folder = absolute(path)?.parent().map(Path::to_path_buf);
+    let below = absolute(below)?;
+    // beside it: the two can be moved together
+    let name = folder.and_then(|folder| below.strip_prefix(folder).ok().map(Path::to_path_buf));
+    let name = name.unwrap_or(below);
+    match name.to_str() {
+        Some(name) => Ok(Backing {
+            name: name.to_owned(),
+            format,
+            size,
+        }),
+        None => Err(DiskFault::Usage(format!(
+            "{} is not UTF-8, which an image cannot name; rename it",
+            name.display()
+        ))),
+    }
+}
+
+fn clone(from: &Path, to: &Path, format: Option<Format>) -> Result<()> {
+    let below = backing(to, from, format)?;
+    let mut options = qcow2::Options::new(below.size);
+    options.backing = Some((below.name, below.format.name().to_owned()));
+    make(to, |file| with(to, qcow2::create(&file, &options)))
+}
+
+/// Opens a qcow2 image alone, without what it is based on.
+fn qcow2_alone(path: &Path, format: Option<Format>, write: bool) -> Result<Qcow2> {
+    let opened = strata_disk::open_file(path, format, write)?;
+    if opened.format != Format::Qcow2 {
+        let what = format!("{} is a raw image, which has no tables", path.display());
+        return Err(DiskFault::Usage(what));
+    }
+    let Opened { file, .. } = opened;
+    with(path, Qcow2::open_tables(file, write))
+}
+
+/// Shows how far something has come, on a terminal.
+fn progress(total: u64, what: &'static str) -> ProgressBar {
+    let template = "{msg} [{wide_bar}] {binary_bytes}/{binary_total_bytes} {eta}";
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr())
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_message(what)
+}
+
+fn convert(args: &ConvertArgs) -> Result<()> {
+    let from = strata_disk::open(&args.from, args.from_format, false)?;
+    let bar = progress(from.size(), "copying");
+    let tell = |done| bar.set_position(done);
+    let format = format_of(&args.to, args.to_format);
+    if args.compress && format == Format::Raw {
+        let what = "a raw image is not compressed; use --to-format qcow2";
+        return Err(DiskFault::Usage(what.to_owned()));
+    }
+    make(&args.to, |file| {
+        let to = &args.to;
+        if format == Format::Raw {
+            with(to, file.set_size(from.size()))?;
+            let disk = with(to, Raw::open(file, true))?;
+            with(to, strata_disk::copy(&*from, &disk, true, &tell))?;
+            return with(to, disk.flush());
+        }
+        with(to, qcow2::create(&file, &args.layout.options(from.size())))?;
+        let disk = with(to, Qcow2::open(file, None, None, true))?;
+        if args.compress {
+            with(to, disk.copy_compressed(&*from, &tell))?;
+        } else {
+            with(to, strata_disk::copy(&*from, &disk, true, &tell))?;
+        }
+        with(to, disk.close())
+    })?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn resize(path: &Path, size: &str, shrink: bool, format: Option<Format>) -> Result<()> {
+    let usage = |what: String| Err(DiskFault::Usage(what));
+    let opened = strata_disk::open_file(path, format, true)?;
+    let format = opened.format;
+    drop(opened);
+    let old = strata_disk::open(path, Some(format), false)?.size();
+    let parsed = |text: &str| units::size(text).map_err(DiskFault::Usage);
+    let new = if let Some(more) = size.strip_prefix('+') {
+        old.saturating_add(parsed(more)?)
+    } else if let Some(less) = size.strip_prefix('-') {
+        old.saturating_sub(parsed(less)?)
+    } else {
+        parsed(size)?
+    };
+    if new == 0 {
+        return usage("a disk cannot be empty".to_owned());
+    }
+    if new < old && !shrink {
+        return usage(format!(
+            "the disk has {old} bytes; what is behind {new} would be lost. Make file systems on it \
+             smaller first, then say --shrink"
+        ));
+    }
+    if format == Format::Raw {
+        let opened = strata_disk::open_file(path, Some(format), true)?;
+        return with(path, opened.file.set_size(new));
+    }
+    let mut image = with_backing(path, true)?;
+    with(path, image.resize(new))
+}
+
+/// Opens a qcow2 image with what it is based on.
+fn with_backing(path: &Path, write: bool) -> Result<Qcow2> {
+    let opened = strata_disk::open_file(path, Some(Format::Qcow2), write)?;
+    let backing: Option<Arc<dyn Disk>> = match opened.backing()? {
+        None => None,
+        Some((below, format)) => Some(strata_disk::open(&below, format, false)?),
+    };
+    with(path, Qcow2::open(opened.file, backing, None, write))
+}
+
+fn commit(path: &Path) -> Result<()> {
+    let opened = strata_disk::open_file(path, Some(Format::Qcow2), true)?;
+    let Some((below, format)) = opened.backing()? else {
+        let what = format!("{} is based on no other image", path.display());
+        return Err(DiskFault::Usage(what));
+    };
+    let to = strata_disk::open(&below, format, true)?;
+    // for what this image does not say: it is only read there
+    let mut image = with(
+        path,
+        Qcow2::open(opened.file, Some(Arc::clone(&to)), None, true),
+    )?;
+    let bar = progress(image.size(), "committing");
+    with(path, image.commit_to(&*to, &|done| bar.set_position(done)))?;
+    bar.finish_and_clear();
+    with(path, image.close())
+}
+
+fn snapshot(command: SnapshotCommand) -> Result<()> {
+    let (path, name, change): (_, _, fn(&mut Qcow2, &str) -> strata_disk::Result<()>) =
+        match command {
+            SnapshotCommand::Ls(args) => return report::list_snapshots(&args),
+            SnapshotCommand::Create { path, name } => (path, name, Qcow2::create_snapshot),
+            SnapshotCommand::Apply { path, name } => (path, name, Qcow2::apply_snapshot),
+            SnapshotCommand::Rm { path, name } => (path, name, Qcow2::delete_snapshot),
+        };
+    let mut image = qcow2_alone(&path, None, true)?;
+    with(&path, change(&mut image, &name))
+}
+
+/// Says what failed.
+pub(crate) fn say(fault: &DiskFault) -> End {
+    crate::report::say_error(fault);
+    End::NotStarted
+}
