@@ -452,3 +452,48 @@ fn snapshots_are_made_applied_and_forgotten_and_qemu_agrees() {
         assert!(content(&path) == kept[1].1);
     }
 }
+
+#[test]
+fn images_with_every_option_that_qemu_has_are_opened_and_changed() {
+    for options in [
+        "compat=0.10",
+        "compat=1.1,lazy_refcounts=on",
+        "cluster_size=512",
+        "cluster_size=2M,extended_l2=on",
+        "refcount_bits=1",
+        "refcount_bits=64",
+        "preallocation=metadata",
+        "preallocation=metadata,extended_l2=on,cluster_size=16k",
+        "preallocation=falloc",
+        "preallocation=full",
+        "compression_type=zstd",
+    ] {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("disk.qcow2");
+        let name = path.to_str().unwrap();
+        run(
+            "qemu-img",
+            &["create", "-f", "qcow2", "-o", options, name, "3M"],
+        );
+        if !options.contains("0.10") {
+            run("qemu-img", &["bitmap", "--add", name, "changes"]);
+        }
+        assert!(
+            open(&path, None).check(Repair::Nothing).unwrap().is_clean(),
+            "{options}"
+        );
+        let mut model = vec![0; 3 << 20];
+        let mut random = Random(9);
+        for _ in 0..3 {
+            let disk = open(&path, None);
+            assert!(read_all(&disk) == model, "{options}");
+            for _ in 0..40 {
+                act(&disk, &mut model, &mut random);
+            }
+            assert!(read_all(&disk) == model, "{options}");
+            drop(disk);
+            check(&path);
+            assert!(content(&path) == model, "{options}");
+        }
+    }
+}

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::layout::{COMPRESSED, COPIED, Entry, Layout, OFFSET};
 use super::refcounts::read_numbers;
 use super::tables::Tables;
-use super::{Qcow2, snapshots};
+use super::{Qcow2, bitmaps, snapshots};
 use crate::HostFile;
 use crate::error::Result;
 
@@ -212,6 +212,9 @@ impl Qcow2 {
         census.add_bytes(header.refcount_table_offset, table, "the refcount table");
         for block in tables.refcounts.blocks() {
             census.add_bytes(block, size, "a refcount block");
+        }
+        for clusters in bitmaps::clusters(&self.file, header)? {
+            census.add(clusters, || "a bitmap".to_owned());
         }
         let l1 = tables.l1.len() as u64 * 8;
         census.add_bytes(header.l1_offset, l1, "the L1 table");

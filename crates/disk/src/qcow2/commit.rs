@@ -2,11 +2,11 @@
 
 use std::sync::PoisonError;
 
-use super::Qcow2;
 use super::header::{Autoclear, Incompatible};
 use super::refcounts::numbers;
 use super::slices::Change;
 use super::tables::Tables;
+use super::{Qcow2, bitmaps};
 use crate::HostFile;
 use crate::error::Result;
 
@@ -63,6 +63,10 @@ impl Qcow2 {
         }
         if !tables.marked {
             let header = &mut tables.header;
+            for clusters in bitmaps::clusters(&self.file, header)? {
+                tables.refcounts.leave(clusters);
+            }
+            header.forget_bitmaps();
             header.autoclear &= Autoclear::RAW_DATA;
             if header.version >= 3 {
                 header.incompatible |= Incompatible::DIRTY;

@@ -27,6 +27,7 @@ mod extension {
     pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
     pub(super) const DATA_FILE: u32 = 0x4441_5441;
     pub(super) const ENCRYPTION: u32 = 0x0537_be77;
+    pub(super) const BITMAPS: u32 = 0x2385_2875;
 }
 
 bitflags! {
@@ -279,6 +280,21 @@ impl Header {
             return Err(damaged(format!("a refcount table of {table} bytes")));
         }
         Ok(())
+    }
+
+    /// The extension that says where bitmaps are.
+    pub(super) fn bitmaps(&self) -> Option<&[u8]> {
+        let found = self
+            .others
+            .iter()
+            .find(|(kind, _)| *kind == extension::BITMAPS);
+        found.map(|(_, data)| data.as_slice())
+    }
+
+    /// Lets the image have no bitmaps.
+    pub(super) fn forget_bitmaps(&mut self) {
+        self.autoclear.remove(Autoclear::BITMAPS);
+        self.others.retain(|(kind, _)| *kind != extension::BITMAPS);
     }
 
     /// Whether L2 entries have a bitmap of subclusters.

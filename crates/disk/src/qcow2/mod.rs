@@ -14,6 +14,7 @@
 //! to it. While it has changed tables, a version 3 image is marked dirty: after a crash its refcounts
 //! are made anew from its tables when it is opened.
 
+mod bitmaps;
 mod chain;
 mod check;
 mod commit;
