@@ -139,6 +139,36 @@ fn piece(
     Ok(copied)
 }
 
+/// Reads all blocks of a disk that are not zeroes, in order, and hands them on with their numbers.
+/// The last is filled up with zeroes.
+pub(crate) fn each_block(
+    from: &dyn Disk,
+    block: u64,
+    progress: &dyn Fn(u64),
+    mut put: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let size = from.size();
+    let mut bytes = vec![0; block as usize];
+    let mut at = 0;
+    while at < size {
+        let extent = from.extent(at, size - at)?;
+        let skip = extent.length / block * block;
+        if extent.kind.is_zero() && skip > 0 {
+            at += skip;
+        } else {
+            let length = block.min(size - at);
+            bytes.fill(0);
+            from.read(at, Buffers::from(&mut bytes[..length as usize]))?;
+            if run(&bytes) != (true, bytes.len()) {
+                put(at / block, &bytes)?;
+            }
+            at += length;
+        }
+        progress(at.min(size));
+    }
+    Ok(())
+}
+
 /// Whether bytes begin with zeroes, and how far they go on like that, in whole grains.
 fn run(bytes: &[u8]) -> (bool, usize) {
     let is_zero = |grain: &[u8]| {

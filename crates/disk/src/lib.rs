@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!   virtio-blk, `strata disk` ──► Disk ──┬── Raw ────────────────────────────► HostFile
-//!                                        └── Qcow2 ── tables, refcounts ─────► HostFile
-//!                                              └───── backing image ─────────► Disk
+//!                                        ├── Qcow2 ── tables, refcounts ─────► HostFile
+//!                                        │     └───── backing image ─────────► Disk
+//!                                        └── VHD, VHDX, VMDK: only read ─────► HostFile
 //! ```
 //!
 //! A [`Disk`] is a row of bytes that several threads read and write at once. What a flush said is
@@ -11,6 +12,7 @@
 //!
 //! This crate knows nothing of guests or of how disks are attached to them.
 
+mod blocks;
 mod buffers;
 mod copy;
 mod error;
@@ -18,6 +20,9 @@ mod host;
 mod open;
 pub mod qcow2;
 mod raw;
+mod vhd;
+mod vhdx;
+mod vmdk;
 
 use std::fmt::Debug;
 
@@ -25,7 +30,7 @@ pub use buffers::Buffers;
 pub use copy::{Copied, copy};
 pub use error::{Error, Result};
 pub use host::HostFile;
-pub use open::{Format, OpenError, Opened, open, open_file};
+pub use open::{Format, OpenError, Opened, export, open, open_file};
 pub use qcow2::Qcow2;
 pub use raw::Raw;
 

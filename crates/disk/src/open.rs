@@ -7,8 +7,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::blocks::BlockImage;
 use crate::error::Error;
-use crate::{Disk, HostFile, Qcow2, Raw, SECTOR_SIZE, qcow2};
+use crate::{Disk, HostFile, Qcow2, Raw, SECTOR_SIZE, qcow2, vhd, vhdx, vmdk};
 
 /// Images that one may be based on, one on the other, at most.
 const MAX_CHAIN: usize = 64;
@@ -20,34 +21,96 @@ pub enum Format {
     Raw,
     /// QEMU's format.
     Qcow2,
+    /// Microsoft's old format: read, and written as a whole.
+    Vhd,
+    /// Microsoft's new format: the same.
+    Vhdx,
+    /// VMware's format: the same.
+    Vmdk,
+    /// The same in a form to be sent, compressed.
+    VmdkStream,
 }
 
 impl Format {
     /// All there are.
-    pub const ALL: [Self; 2] = [Self::Raw, Self::Qcow2];
+    pub const ALL: [Self; 6] = [
+        Self::Raw,
+        Self::Qcow2,
+        Self::Vhd,
+        Self::Vhdx,
+        Self::Vmdk,
+        Self::VmdkStream,
+    ];
 
-    /// Its usual name, also as `qemu-img` writes it.
+    /// Its usual name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Vhd => "vhd",
+            Self::Vhdx => "vhdx",
+            Self::Vmdk => "vmdk",
+            Self::VmdkStream => "vmdk-stream",
         }
     }
 
-    /// The format of this name.
+    /// The format of this name, which may be QEMU's.
     pub fn from_name(name: &str) -> Option<Self> {
+        let name = if name == "vpc" { "vhd" } else { name };
         Self::ALL.into_iter().find(|format| format.name() == name)
     }
 
-    /// What the first bytes of a file look like, if not like a raw disk.
-    fn of_magic(first: &[u8]) -> Option<Self> {
-        first.starts_with(b"QFI\xfb").then_some(Self::Qcow2)
+    /// Whether images of it can be written in place.
+    pub fn is_writable(self) -> bool {
+        matches!(self, Self::Raw | Self::Qcow2)
+    }
+
+    /// What a file looks like, if not like a raw disk.
+    fn of_content(file: &HostFile) -> crate::Result<Option<Self>> {
+        let mut first = [0; 512];
+        file.read_bytes(0, &mut first)?;
+        Ok(if first.starts_with(b"QFI\xfb") {
+            Some(Self::Qcow2)
+        } else if vmdk::is_vmdk(&first) {
+            Some(Self::Vmdk)
+        } else if vhdx::is_vhdx(&first) {
+            Some(Self::Vhdx)
+        } else if vhd::is_vhd(file)? {
+            Some(Self::Vhd)
+        } else {
+            None
+        })
     }
 
     /// What a name ends like.
     fn of_extension(path: &Path) -> Option<Self> {
-        let extension = path.extension()?.to_str()?;
-        (extension == "qcow2").then_some(Self::Qcow2)
+        match path.extension()?.to_str()? {
+            "qcow2" => Some(Self::Qcow2),
+            "vhd" => Some(Self::Vhd),
+            "vhdx" => Some(Self::Vhdx),
+            "vmdk" => Some(Self::Vmdk),
+            _ => None,
+        }
+    }
+}
+
+/// Writes what is on a disk to a file, which is empty, as an image of a format that is written as a
+/// whole. `progress` is told how many bytes of the disk are done.
+pub fn export(
+    from: &dyn Disk,
+    file: &HostFile,
+    format: Format,
+    progress: &dyn Fn(u64),
+) -> crate::Result<()> {
+    match format {
+        Format::Vhd => vhd::write(file, from, progress),
+        Format::Vhdx => vhdx::write(file, from, progress),
+        Format::Vmdk => vmdk::write(file, from, false, progress),
+        Format::VmdkStream => vmdk::write(file, from, true, progress),
+        Format::Raw | Format::Qcow2 => {
+            let what = "raw and qcow2 images are written in place".to_owned();
+            Err(Error::Invalid(what))
+        }
     }
 }
 
@@ -131,6 +194,18 @@ pub enum OpenError {
         /// What it looks like.
         looks: &'static str,
     },
+    /// Its format is not written in place.
+    #[error(
+        "disk {0} is a {format} image, which is only read; convert it: strata disk convert {0} \
+         {1}, or attach it read-only",
+        path.display(), path.with_extension("qcow2").display()
+    )]
+    OnlyRead {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+    },
     /// The image cannot be used.
     #[error("disk {} cannot be used", path.display())]
     Image {
@@ -181,11 +256,10 @@ pub fn open(path: &Path, format: Option<Format>, write: bool) -> Result<Arc<dyn 
 pub fn open_file(path: &Path, format: Option<Format>, write: bool) -> Result<Opened, OpenError> {
     let file = HostFile::new(lock(path, write)?);
     let path = path.to_path_buf();
-    let mut first = [0; 512];
-    if let Err(source) = file.read_bytes(0, &mut first) {
-        return Err(OpenError::Io { path, source });
-    }
-    let looks = Format::of_magic(&first);
+    let looks = match Format::of_content(&file) {
+        Ok(looks) => looks,
+        Err(source) => return Err(OpenError::Image { path, source }),
+    };
     let format = match (format.or_else(|| Format::of_extension(&path)), looks) {
         (Some(format), _) => format,
         (None, None) => Format::Raw,
@@ -195,11 +269,15 @@ pub fn open_file(path: &Path, format: Option<Format>, write: bool) -> Result<Ope
         }
     };
     let references = match format {
-        Format::Raw => qcow2::References::default(),
+        _ if write && !format.is_writable() => {
+            let format = format.name();
+            return Err(OpenError::OnlyRead { path, format });
+        }
         Format::Qcow2 => match qcow2::references(&file) {
             Ok(references) => references,
             Err(source) => return Err(OpenError::Image { path, source }),
         },
+        _ => qcow2::References::default(),
     };
     Ok(Opened {
         format,
@@ -259,6 +337,15 @@ fn disk(opened: Opened, chain: &mut Vec<(u64, u64)>) -> Result<Arc<dyn Disk>, Op
             return Err(OpenError::OddSize { path, size });
         }
         return Ok(Arc::new(disk));
+    }
+    let only_read = match opened.format {
+        Format::Vhd => Some(vhd::open as fn(HostFile) -> crate::Result<BlockImage>),
+        Format::Vhdx => Some(vhdx::open as _),
+        Format::Vmdk | Format::VmdkStream => Some(vmdk::open as _),
+        Format::Raw | Format::Qcow2 => None,
+    };
+    if let Some(open) = only_read {
+        return Ok(Arc::new(open(opened.file).map_err(image_error)?));
     }
     let metadata = fs::metadata(&path).map_err(|e| image_error(e.into()))?;
     let identity = (metadata.dev(), metadata.ino());

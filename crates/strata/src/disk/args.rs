@@ -76,7 +76,7 @@ pub(crate) struct CreateArgs {
     /// Size of the disk, such as 20G [default: that of --backing]
     #[arg(value_parser = units::size, required_unless_present = "backing")]
     pub(super) size: Option<u64>,
-    /// Format of the image [default: qcow2, or raw if the name ends in .raw or .img]
+    /// Format of the image [default: what the name ends like: .raw and .img are raw, else qcow2]
     #[arg(long, value_name = "FORMAT", value_parser = units::format)]
     pub(super) format: Option<Format>,
     /// The image to show the content of
@@ -142,7 +142,7 @@ pub(crate) struct ConvertArgs {
     /// Format of the first; without, its name decides
     #[arg(long, value_name = "FORMAT", value_parser = units::format)]
     pub(super) from_format: Option<Format>,
-    /// Format of the second [default: qcow2, or raw if the name ends in .raw or .img]
+    /// Format of the second [default: what the name ends like: .raw and .img are raw, else qcow2]
     #[arg(long, value_name = "FORMAT", value_parser = units::format)]
     pub(super) to_format: Option<Format>,
     /// Compress the copy

@@ -71,6 +71,9 @@ fn format_of(path: &Path, format: Option<Format>) -> Format {
     let extension = path.extension().and_then(|e| e.to_str());
     format.unwrap_or(match extension {
         Some("raw" | "img") => Format::Raw,
+        Some("vhd") => Format::Vhd,
+        Some("vhdx") => Format::Vhdx,
+        Some("vmdk") => Format::Vmdk,
         _ => Format::Qcow2,
     })
 }
@@ -121,6 +124,10 @@ fn create(args: &CreateArgs) -> Result<()> {
     };
     let size = args.size.or(backing.as_ref().map(|backing| backing.size));
     let size = size.unwrap_or_default();
+    if !format.is_writable() {
+        let what = "images of this format are made by strata disk convert, of another image";
+        return Err(DiskFault::Usage(what.to_owned()));
+    }
     if format == Format::Raw {
         if backing.is_some() {
             let what = "a raw image has no room to say what it is based on; use --format qcow2";
@@ -176,7 +183,10 @@ fn clone(from: &Path, to: &Path, format: Option<Format>) -> Result<()> {
 fn qcow2_alone(path: &Path, format: Option<Format>, write: bool) -> Result<Qcow2> {
     let opened = strata_disk::open_file(path, format, write)?;
     if opened.format != Format::Qcow2 {
-        let what = format!("{} is a raw image, which has no tables", path.display());
+        let what = format!(
+            "{} is no qcow2 image: it has no tables to look at",
+            path.display()
+        );
         return Err(DiskFault::Usage(what));
     }
     let Opened { file, .. } = opened;
@@ -197,12 +207,15 @@ fn convert(args: &ConvertArgs) -> Result<()> {
     let bar = progress(from.size(), "copying");
     let tell = |done| bar.set_position(done);
     let format = format_of(&args.to, args.to_format);
-    if args.compress && format == Format::Raw {
-        let what = "a raw image is not compressed; use --to-format qcow2";
+    if args.compress && format != Format::Qcow2 {
+        let what = "only qcow2 images are compressed at will, and vmdk-stream always";
         return Err(DiskFault::Usage(what.to_owned()));
     }
     make(&args.to, |file| {
         let to = &args.to;
+        if !format.is_writable() {
+            return with(to, strata_disk::export(&*from, &file, format, &tell));
+        }
         if format == Format::Raw {
             with(to, file.set_size(from.size()))?;
             let disk = with(to, Raw::open(file, true))?;
