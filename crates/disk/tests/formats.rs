@@ -116,10 +116,8 @@ fn what_is_exported_is_read_by_qemu_and_again_here() {
             qemu_img(&["check", "-f", theirs, &image]);
         }
         let took = fs::metadata(&image).unwrap().len();
-        assert!(
-            format == Format::Vhdx || took < SIZE as u64,
-            "{name}: {took}"
-        );
+        // blocks of the others are larger than the holes
+        assert!(theirs != "vmdk" || took < SIZE as u64 / 2, "{name}: {took}");
     }
 }
 
