@@ -254,3 +254,39 @@ fn an_image_opened_to_be_read_is_never_changed() {
     drop(disk);
     assert!(fs::read(scene.path("disk.qcow2")).unwrap() == before);
 }
+
+#[test]
+fn an_image_moves_to_another_base_and_shows_the_same() {
+    let scene = Scene::new(20 * CLUSTER);
+    let mut overlay = scene.overlay();
+    write(&overlay, 3 * CLUSTER + 100, 0xaa, 2 * CLUSTER);
+    let expected = read(&overlay);
+    // the same as the old base up to the middle, and shorter
+    let bytes: Vec<u8> = (0..15 * CLUSTER)
+        .map(|at| {
+            if at < 10 * CLUSTER {
+                (at / CLUSTER) as u8 + 1
+            } else {
+                0x55
+            }
+        })
+        .collect();
+    fs::write(scene.path("other.raw"), bytes).unwrap();
+    let other = open(&scene.path("other.raw"), None, false).unwrap();
+
+    let got = overlay
+        .rebase(Some((&*other, "other.raw", "raw")), &|_| {})
+        .unwrap();
+    assert!((10 * CLUSTER..14 * CLUSTER).contains(&got), "{got}");
+    drop(overlay);
+    fs::remove_file(scene.path("base.raw")).unwrap();
+    assert!(read(&*scene.open("disk.qcow2")) == expected);
+    scene.check("disk.qcow2");
+
+    let mut overlay = scene.overlay();
+    overlay.rebase(None, &|_| {}).unwrap();
+    drop((overlay, other));
+    fs::remove_file(scene.path("other.raw")).unwrap();
+    assert!(read(&*scene.open("disk.qcow2")) == expected);
+    scene.check("disk.qcow2");
+}

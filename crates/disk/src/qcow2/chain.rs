@@ -4,7 +4,10 @@ use super::refcounts::numbers;
 use super::{Qcow2, header::MAX_L1};
 use crate::copy::{Copied, Part, each_part};
 use crate::error::{Error, Result};
-use crate::{Disk, ExtentKind};
+use crate::{Buffers, Disk, ExtentKind};
+
+/// Bytes that are compared at once, at least.
+const PIECE: u64 = 1 << 20;
 
 impl Qcow2 {
     /// Writes what this image has of its own to the one that it is based on, `below`, which was
@@ -47,6 +50,50 @@ impl Qcow2 {
             header.l1_offset = place(&numbers(&vec![0; entries]))?;
             Ok(())
         })
+    }
+
+    /// Has the image based on `onto`, of which name and format are written down, or on none. What is
+    /// on the disk stays the same: where the other differs from the one below, the image gets that of
+    /// its own. Returns how many bytes it got.
+    pub fn rebase(
+        &mut self,
+        onto: Option<(&dyn Disk, &str, &str)>,
+        progress: &dyn Fn(u64),
+    ) -> Result<u64> {
+        self.check_change(0, 0)?;
+        let piece = self.layout.cluster_size().max(PIECE);
+        let (mut here, mut there) = (vec![0; piece as usize], vec![0; piece as usize]);
+        let (mut at, mut got) = (0, 0);
+        while at < self.size {
+            let extent = self.extent(at, (self.size - at).min(piece - at % piece))?;
+            let own = extent.depth == 0 && extent.kind != ExtentKind::Absent;
+            if !own {
+                let here = &mut here[..extent.length as usize];
+                let there = &mut there[..extent.length as usize];
+                self.read(at, Buffers::from(&mut *here))?;
+                there.fill(0);
+                if let Some((onto, ..)) = onto {
+                    let inside = onto.size().saturating_sub(at).min(extent.length);
+                    if inside > 0 {
+                        onto.read(at, Buffers::from(&mut there[..inside as usize]))?;
+                    }
+                }
+                let mut part = at;
+                let cluster = self.layout.cluster_size() as usize;
+                for (here, there) in here.chunks_mut(cluster).zip(there.chunks(cluster)) {
+                    if here != there {
+                        self.write(part, Buffers::from(&mut *here))?;
+                        got += here.len() as u64;
+                    }
+                    part += here.len() as u64;
+                }
+            }
+            at += extent.length;
+            progress(at);
+        }
+        self.flush()?;
+        self.set_backing(onto.map(|(_, name, format)| (name, format)))?;
+        Ok(got)
     }
 
     /// Has the image based on another, of which `name` and `format` are written down. What is on the
@@ -121,11 +168,11 @@ impl Disk for Own<'_> {
         self.0.size
     }
 
-    fn read(&self, offset: u64, buffers: crate::Buffers) -> Result<()> {
+    fn read(&self, offset: u64, buffers: Buffers) -> Result<()> {
         self.0.read(offset, buffers)
     }
 
-    fn write(&self, _: u64, _: crate::Buffers) -> Result<()> {
+    fn write(&self, _: u64, _: Buffers) -> Result<()> {
         Err(Error::ReadOnly)
     }
 

@@ -63,6 +63,20 @@ pub(crate) enum DiskCommand {
         /// The clone, which is empty afterwards
         path: PathBuf,
     },
+    /// Let an image be based on another, or on none; what is on the disk stays the same
+    Rebase {
+        /// The image
+        path: PathBuf,
+        /// What it is to be based on; without, on nothing
+        onto: Option<PathBuf>,
+        /// Format of that; without, its name decides
+        #[arg(long, value_name = "FORMAT", value_parser = units::format, requires = "onto")]
+        onto_format: Option<Format>,
+        /// Only write the name down, as after the other was moved: what is on the disk changes if it
+        /// is not the same
+        #[arg(long)]
+        name_only: bool,
+    },
     /// Keep what is on a disk within its image, and go back to it
     #[command(subcommand)]
     Snapshot(SnapshotCommand),

@@ -61,6 +61,12 @@ pub(crate) fn run(command: DiskCommand) -> Result<End> {
             format,
         } => resize(&path, &size, shrink, format)?,
         DiskCommand::Commit { path } => commit(&path)?,
+        DiskCommand::Rebase {
+            path,
+            onto,
+            onto_format,
+            name_only,
+        } => rebase(&path, onto.as_deref(), onto_format, name_only)?,
         DiskCommand::Snapshot(command) => snapshot(command)?,
     }
     Ok(End::Done)
@@ -292,6 +298,30 @@ fn commit(path: &Path) -> Result<()> {
     with(path, image.commit_to(&*to, &|done| bar.set_position(done)))?;
     bar.finish_and_clear();
     with(path, image.close())
+}
+
+fn rebase(path: &Path, onto: Option<&Path>, format: Option<Format>, name_only: bool) -> Result<()> {
+    let below = onto.map(|onto| backing(path, onto, format)).transpose()?;
+    let named = below
+        .as_ref()
+        .map(|below| (below.name.as_str(), below.format.name()));
+    if name_only {
+        let mut image = qcow2_alone(path, None, true)?;
+        return with(path, image.set_backing(named));
+    }
+    let mut image = with_backing(path, true)?;
+    let disk = match (onto, &below) {
+        (Some(onto), Some(below)) => Some(strata_disk::open(onto, Some(below.format), false)?),
+        _ => None,
+    };
+    let onto = disk
+        .as_deref()
+        .zip(named)
+        .map(|(disk, (name, format))| (disk, name, format));
+    let bar = progress(image.size(), "comparing");
+    with(path, image.rebase(onto, &|done| bar.set_position(done)))?;
+    bar.finish_and_clear();
+    Ok(())
 }
 
 fn snapshot(command: SnapshotCommand) -> Result<()> {
