@@ -1,5 +1,6 @@
 //! Copying what is on one disk to another, leaving out what is zeroes.
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -36,7 +37,7 @@ pub fn copy(
         Part::Zeroes(length) => to.write_zeroes(at, length, true),
         Part::Data(bytes) => to.write(at, Buffers::from(bytes)),
     };
-    each_part(from, THREADS, progress, &put)
+    each_part(from, 0..from.size(), THREADS, progress, &put)
 }
 
 /// Bytes of a disk, as they are handed on.
@@ -47,27 +48,27 @@ pub(crate) enum Part<'a> {
     Data(&'a mut [u8]),
 }
 
-/// Reads all of a disk and hands it on, in pieces that come in any order if there are several
-/// threads.
+/// Reads a range of a disk and hands it on, in pieces that come in any order if there are several
+/// threads. `progress` is told how many bytes of the range are done.
 pub(crate) fn each_part(
     from: &dyn Disk,
+    range: Range<u64>,
     threads: usize,
     progress: &(dyn Fn(u64) + Sync),
     put: &(dyn Fn(u64, Part) -> Result<()> + Sync),
 ) -> Result<Copied> {
-    let size = from.size();
-    let (next, done) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (next, done) = (AtomicU64::new(range.start), AtomicU64::new(0));
     let (data, zeroes) = (AtomicU64::new(0), AtomicU64::new(0));
     let failed = AtomicBool::new(false);
     let error: Mutex<Option<Error>> = Mutex::new(None);
     let work = || {
-        let mut bytes = vec![0; PIECE.min(size) as usize];
+        let mut bytes = vec![0; PIECE.min(range.end - range.start) as usize];
         while !failed.load(Ordering::Relaxed) {
             let start = next.fetch_add(PIECE, Ordering::Relaxed);
-            if start >= size {
+            if start >= range.end {
                 break;
             }
-            let end = size.min(start + PIECE);
+            let end = range.end.min(start + PIECE);
             let counts = piece(from, start, end, &mut bytes, put);
             match counts {
                 Ok(copied) => {

@@ -20,6 +20,7 @@ mod host;
 mod open;
 pub mod qcow2;
 mod raw;
+mod resume;
 mod vhd;
 mod vhdx;
 mod vmdk;
@@ -33,6 +34,7 @@ pub use host::HostFile;
 pub use open::{Format, OpenError, Opened, export, open, open_file};
 pub use qcow2::Qcow2;
 pub use raw::Raw;
+pub use resume::{Journal, copy_on, first_difference, journal_path};
 
 /// Bytes in a sector, in which guests count.
 pub const SECTOR_SIZE: u64 = 512;

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use strata_disk::qcow2::{self, Options, Qcow2};
 use strata_disk::{
-    Buffers, Disk, Error, ExtentKind, Format, HostFile, OpenError, copy, open, open_file,
+    Buffers, Disk, Error, Extent, ExtentKind, Format, HostFile, Journal, OpenError, copy, copy_on,
+    first_difference, open, open_file,
 };
 use tempfile::TempDir;
 
@@ -289,4 +290,88 @@ fn an_image_moves_to_another_base_and_shows_the_same() {
     fs::remove_file(scene.path("other.raw")).unwrap();
     assert!(read(&*scene.open("disk.qcow2")) == expected);
     scene.check("disk.qcow2");
+}
+
+/// A disk that can be read so far and no further, and notes where it was read first.
+#[derive(Debug)]
+struct Breaking {
+    disk: Arc<dyn Disk>,
+    until: u64,
+    first: std::sync::Mutex<u64>,
+}
+
+impl Disk for Breaking {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn read(&self, offset: u64, buffers: Buffers) -> strata_disk::Result<()> {
+        let mut first = self.first.lock().unwrap();
+        *first = offset.min(*first);
+        if offset >= self.until {
+            return Err(std::io::Error::other("the cable was pulled").into());
+        }
+        self.disk.read(offset, buffers)
+    }
+
+    fn write(&self, _: u64, _: Buffers) -> strata_disk::Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> strata_disk::Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn discard(&self, _: u64, _: u64) -> strata_disk::Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn flush(&self) -> strata_disk::Result<()> {
+        Ok(())
+    }
+
+    fn extent(&self, offset: u64, length: u64) -> strata_disk::Result<Extent> {
+        self.disk.extent(offset, length)
+    }
+}
+
+#[test]
+fn a_copy_goes_on_where_it_was_interrupted() {
+    const MEBI: u64 = 1 << 20;
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    for name in ["from.raw", "to.raw"] {
+        File::create(path(name))
+            .unwrap()
+            .set_len(600 * MEBI)
+            .unwrap();
+    }
+    let from = open(&path("from.raw"), None, true).unwrap();
+    for place in [1, 300, 599] {
+        write(&*from, place * MEBI, place as u8, 4096);
+    }
+    let to = open(&path("to.raw"), None, true).unwrap();
+    let journal = Journal::new(path("journal"), "from here to there");
+    let breaking = |until| Breaking {
+        disk: Arc::clone(&from),
+        until,
+        first: u64::MAX.into(),
+    };
+
+    let first = breaking(400 * MEBI);
+    let error = copy_on(&first, &*to, &journal, &|_| {}).unwrap_err();
+    assert!(error.to_string().contains("cable"), "{error}");
+    assert_eq!(journal.done(), 512 * MEBI);
+    assert_eq!(Journal::new(path("journal"), "another copy").done(), 0);
+
+    let second = breaking(u64::MAX);
+    copy_on(&second, &*to, &journal, &|_| {}).unwrap();
+    assert!(*second.first.lock().unwrap() >= 512 * MEBI);
+    assert_eq!(journal.done(), 0);
+    assert_eq!(first_difference(&*from, &*to, &|_| {}).unwrap(), None);
+    write(&*to, 300 * MEBI + 5, 9, 1);
+    assert_eq!(
+        first_difference(&*from, &*to, &|_| {}).unwrap(),
+        Some(300 * MEBI + 5)
+    );
 }

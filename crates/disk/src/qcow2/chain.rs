@@ -24,7 +24,7 @@ impl Qcow2 {
         }
         // what is not of this image's own is left as it is
         let own = Own(self);
-        let copied = each_part(&own, 1, progress, &|at, part| match part {
+        let copied = each_part(&own, 0..self.size, 1, progress, &|at, part| match part {
             Part::Zeroes(length) => {
                 let mut done = 0;
                 while done < length {

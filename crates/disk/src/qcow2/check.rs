@@ -9,10 +9,13 @@ use super::refcounts::read_numbers;
 use super::tables::Tables;
 use super::{Qcow2, bitmaps, snapshots};
 use crate::HostFile;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Findings that are told one by one, at most.
 const MAX_FINDINGS: usize = 100;
+
+/// Clusters that are counted, at most: 128 TiB of the usual size.
+const MAX_CLUSTERS: u64 = 1 << 31;
 
 /// What to mend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,6 +199,10 @@ impl Qcow2 {
         let header = &tables.header;
         let size = self.layout.cluster_size();
         let clusters = self.file.size()?.div_ceil(size).max(tables.refcounts.end());
+        if clusters > MAX_CLUSTERS {
+            let what = "a file of so many clusters".to_owned();
+            return Err(Error::Unsupported(what));
+        }
         let mut census = Census {
             file: &self.file,
             layout: self.layout,

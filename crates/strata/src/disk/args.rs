@@ -44,6 +44,35 @@ pub(crate) enum DiskCommand {
     Map(LookArgs),
     /// Copy an image, in another format if that is asked for
     Convert(ConvertArgs),
+    /// Make an image of a real disk: physical to virtual
+    ///
+    /// Zeroes are left out, and the image is compared with the disk in the end. What was interrupted
+    /// goes on where it was when the command is given again.
+    Capture {
+        /// The disk, such as /dev/sdb. Nothing on it may be mounted to be written to
+        device: PathBuf,
+        /// The image to make
+        image: PathBuf,
+        /// Do not compare
+        #[arg(long)]
+        no_verify: bool,
+    },
+    /// Write an image to a real disk: virtual to physical
+    ///
+    /// All that is on the disk is lost. It is compared with the image in the end. What was interrupted
+    /// goes on where it was when the command is given again.
+    Restore {
+        /// The image
+        image: PathBuf,
+        /// The disk to write to, such as /dev/sdb
+        device: PathBuf,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        /// Do not compare
+        #[arg(long)]
+        no_verify: bool,
+    },
     /// Make a disk larger or smaller
     Resize {
         /// The image

@@ -1,6 +1,7 @@
 //! `strata disk`: images made, looked at, changed and copied.
 
 mod args;
+mod device;
 mod report;
 
 use std::fs::{self, File};
@@ -54,6 +55,17 @@ pub(crate) fn run(command: DiskCommand) -> Result<End> {
         DiskCommand::Check { look, repair } => return report::check(&look, repair),
         DiskCommand::Map(args) => report::map(&args)?,
         DiskCommand::Convert(args) => convert(&args)?,
+        DiskCommand::Capture {
+            device,
+            image,
+            no_verify,
+        } => device::capture(&device, &image, !no_verify)?,
+        DiskCommand::Restore {
+            image,
+            device,
+            yes,
+            no_verify,
+        } => device::restore(&image, &device, yes, !no_verify)?,
         DiskCommand::Resize {
             path,
             size,

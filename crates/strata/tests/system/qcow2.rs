@@ -222,3 +222,67 @@ fn kill_while_appending(image: &Path) -> u32 {
     child.wait().unwrap();
     told.parse().unwrap()
 }
+
+/// A loop device, which is given back in the end.
+struct Loop(String);
+
+impl Loop {
+    /// None where there are no loop devices, or not for this user.
+    fn new(file: &Path) -> Option<Self> {
+        let losetup = Command::new(program("losetup"))
+            .args(["-f", "--show"])
+            .arg(file)
+            .output();
+        let output = losetup.ok()?;
+        let name = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !name.is_empty()).then_some(Self(name))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new(program("losetup"))
+            .args(["-d", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn a_real_disk_is_captured_run_and_restored() {
+    let folder = Folder::new();
+    let Some(disk) = Loop::new(&folder.path("base.raw")) else {
+        eprintln!("skipped: no loop devices here");
+        return;
+    };
+    folder
+        .disk(&["capture", &disk.0, "captured.qcow2"])
+        .expect(0);
+    folder.qemu_img(&["check", "captured.qcow2"]);
+    folder.qemu_img(&["compare", "captured.qcow2", "base.raw"]);
+    folder
+        .guest("captured.qcow2", "echo ran >/mnt/note")
+        .expect(0);
+    drop(disk);
+
+    File::create(folder.path("target.raw"))
+        .unwrap()
+        .set_len(80 << 20)
+        .unwrap();
+    let disk = Loop::new(&folder.path("target.raw")).unwrap();
+    let asked = folder
+        .disk(&["restore", "captured.qcow2", &disk.0])
+        .expect(125);
+    assert!(asked.stderr.contains("--yes"), "{}", asked.stderr);
+    folder
+        .disk(&["restore", "--yes", "captured.qcow2", &disk.0])
+        .expect(0);
+    drop(disk);
+    let target = fs::read(folder.path("target.raw")).unwrap();
+    fs::write(folder.path("target.raw"), &target[..64 << 20]).unwrap();
+    assert_eq!(folder.read_back("target.raw", "/note"), "ran\n");
+
+    let file = folder
+        .disk(&["restore", "--yes", "captured.qcow2", "new.raw"])
+        .expect(125);
+    assert!(!folder.path("new.raw").exists(), "{}", file.stderr);
+}
