@@ -42,6 +42,19 @@ impl Switch {
         Ok(())
     }
 
+    /// Adds the port of a network's only machine, and waits for what that says first: ports of the
+    /// host that it wants are opened with all rights that this process has now.
+    pub fn add_first_port(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        let (_, length) = recv(&socket, &mut buffer[..], RecvFlags::empty())?;
+        self.add_port(socket)?;
+        let number = self.ports.keys().next().copied();
+        if let Some(number) = number {
+            self.greet(number, &buffer[..length]);
+        }
+        Ok(())
+    }
+
     /// Lets machines come in through `listener`, a listening Unix socket of packets in order. The
     /// network ends when nobody is in it and `lock`, which those who come in hold, is free.
     pub fn open_door(&mut self, listener: OwnedFd, lock: OwnedFd) -> io::Result<()> {

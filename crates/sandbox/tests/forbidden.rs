@@ -15,7 +15,7 @@ use std::ptr;
 use std::thread;
 use std::time::Duration;
 
-use strata_sandbox::{Layer, enter};
+use strata_sandbox::{Layer, Role, enter};
 
 const PASSWD: &CStr = c"/etc/passwd";
 /// Exit status of a child whose layer the host does not give.
@@ -46,7 +46,7 @@ fn told(layers: &[Layer], attempt: impl FnOnce() -> i32) -> Option<(End, String)
     if child == 0 {
         // SAFETY: both descriptors are open.
         unsafe { libc::dup2(writer.as_raw_fd(), 2) };
-        let status = match enter(layers) {
+        let status = match enter(layers, Role::Machine) {
             Ok(report) if report.missing().next().is_none() => attempt(),
             Ok(report) => {
                 let reasons: Vec<_> = report.missing().map(|(_, reason)| reason).collect();
@@ -158,7 +158,7 @@ fn a_process_with_threads_is_not_locked_up() {
         thread::scope(|scope| {
             scope.spawn(|| thread::sleep(Duration::from_mins(1)));
             // SAFETY: ends the process with its thread.
-            unsafe { libc::_exit(i32::from(enter(&[]).is_ok())) }
+            unsafe { libc::_exit(i32::from(enter(&[], Role::Machine).is_ok())) }
         })
     });
 }

@@ -204,14 +204,14 @@ impl Disk {
     }
 
     fn read(&self, memory: &Ram, offset: u64, buffers: &[Segment]) -> io::Result<()> {
-        let slices = slices(memory, buffers, Permissions::Write)?;
+        let slices = slices(memory, buffers.iter().copied(), Permissions::Write)?;
         transfer(slices, offset, |slices, at| {
             sys::read_at(&self.file, slices, at)
         })
     }
 
     fn write(&self, memory: &Ram, offset: u64, buffers: &[Segment]) -> io::Result<()> {
-        let slices = slices(memory, buffers, Permissions::Read)?;
+        let slices = slices(memory, buffers.iter().copied(), Permissions::Read)?;
         transfer(slices, offset, |slices, at| {
             sys::write_at(&self.file, slices, at)
         })
@@ -301,12 +301,16 @@ fn open_error(path: &Path, read_only: bool, source: io::Error) -> DiskError {
     }
 }
 
-type Slices<'a> = Vec<VolatileSlice<'a, strata_memory::CodeTracker>>;
+pub(super) type Slices<'a> = Vec<VolatileSlice<'a, strata_memory::CodeTracker>>;
 
 /// The host's view of `buffers`.
-fn slices<'a>(memory: &'a Ram, buffers: &[Segment], access: Permissions) -> io::Result<Slices<'a>> {
+pub(super) fn slices(
+    memory: &Ram,
+    buffers: impl IntoIterator<Item = Segment>,
+    access: Permissions,
+) -> io::Result<Slices<'_>> {
     let invalid = |e: GuestMemoryError| io::Error::new(ErrorKind::InvalidInput, e);
-    let mut slices = Vec::with_capacity(buffers.len());
+    let mut slices = Vec::new();
     for buffer in buffers {
         let start = GuestAddress(buffer.address);
         let parts = memory

@@ -16,6 +16,7 @@ mod console;
 mod disk;
 mod doorbell;
 mod entropy;
+mod net;
 mod pipe;
 mod root;
 mod sys;
@@ -25,14 +26,18 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use strata_devices::pci::{BusFull, PciLayout};
-use strata_devices::virtio::{Block, BlockConfig, Console, Entropy, MAX_PORTS, PortConfig};
+use strata_devices::virtio::{
+    Block, BlockConfig, Console, Entropy, MAX_PORTS, Net, NetConfig, PortConfig,
+};
 use strata_memory::GuestMemory;
 
 use console::{Streams, Writer};
 pub use disk::{Disk, DiskError};
 use doorbell::Doorbell;
+use net::Cable;
 pub use root::PciRoot;
 use root::{Endpoint, Shared};
+use strata_net::Joined;
 
 pub use crate::config::ConsolePort as Port;
 
@@ -61,6 +66,9 @@ pub enum Error {
     /// A worker thread could not be started.
     #[error("cannot start a thread for a device")]
     Thread(#[source] io::Error),
+    /// A network's socket cannot be used.
+    #[error("cannot use the socket to the network")]
+    Network(#[source] io::Error),
 }
 
 /// What every device is connected to.
@@ -82,6 +90,7 @@ pub struct Devices {
     disks: usize,
     workers: Vec<Worker>,
     writers: Vec<Writer>,
+    cables: Vec<Arc<Cable>>,
 }
 
 impl Devices {
@@ -99,6 +108,7 @@ impl Devices {
             disks: 0,
             workers: Vec::new(),
             writers: Vec::new(),
+            cables: Vec::new(),
         })
     }
 
@@ -139,6 +149,31 @@ impl Devices {
         let shared = Shared::new(Entropy, &self.connect, |_| Arc::clone(&bell));
         let worker = Arc::clone(&shared);
         self.spawn("entropy", &bell, move |bell| entropy::serve(&worker, bell))?;
+        self.plug(shared)
+    }
+
+    /// Adds a network card at the place that `joined` is.
+    pub fn add_net(&mut self, joined: Joined) -> Result<(), Error> {
+        let Joined { socket, addresses } = joined;
+        let memory = self.connect.memory.ram().clone();
+        let cable = Arc::new(Cable::new(socket, memory).map_err(Error::Network)?);
+        let config = NetConfig {
+            mac: addresses.mac.0,
+            mtu: strata_net::MTU,
+        };
+        let bells = [(); 2].map(|()| Arc::<Doorbell>::default());
+        let shared = Shared::new(Net::new(config), &self.connect, |queue| {
+            Arc::clone(&bells[queue])
+        });
+        let work: [(_, fn(&Arc<Shared<Net>>, &Cable, usize, &Doorbell)); 2] =
+            [("net-in", net::receive), ("net-out", net::transmit)];
+        for (queue, (name, work)) in work.into_iter().enumerate() {
+            let (shared, cable) = (Arc::clone(&shared), Arc::clone(&cable));
+            self.spawn(name, &bells[queue], move |bell| {
+                work(&shared, &cable, queue, bell)
+            })?;
+        }
+        self.cables.push(cable);
         self.plug(shared)
     }
 
@@ -204,6 +239,7 @@ impl Devices {
         for worker in &self.workers {
             worker.bell.stop();
         }
+        self.cables.drain(..).for_each(|cable| cable.cut());
         for worker in self.workers.drain(..) {
             let _ = worker.thread.join();
         }

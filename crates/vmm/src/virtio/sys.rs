@@ -1,9 +1,9 @@
-//! The two system calls that move data between a file and guest memory without a copy.
-//! The only `unsafe` code of the device glue; called by [`super::disk`].
+//! The system calls that move data between files or sockets and guest memory without a copy.
+//! The only `unsafe` code of the device glue; called by [`super::disk`] and [`super::net`].
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use strata_memory::vm_memory::VolatileSlice;
 use strata_memory::vm_memory::bitmap::BitmapSlice;
@@ -19,7 +19,42 @@ pub(super) fn read_at<B: BitmapSlice>(
     buffers: &[VolatileSlice<'_, B>],
     offset: u64,
 ) -> io::Result<usize> {
+    let descriptor = file.as_raw_fd();
+    fill(buffers, |vectors| {
+        // SAFETY: `fill` hands over vectors that the kernel may write to.
+        unsafe {
+            libc::preadv64(
+                descriptor,
+                vectors.as_ptr(),
+                vectors.len() as i32,
+                offset as i64,
+            )
+        }
+    })
+}
+
+/// Fills `buffers` in order with the next message of `socket`, whose rest is lost if it is longer,
+/// and tells the memory's bitmap. Returns the bytes of the message, 0 if there will be no more.
+pub(super) fn receive<B: BitmapSlice>(
+    socket: &OwnedFd,
+    buffers: &[VolatileSlice<'_, B>],
+) -> io::Result<usize> {
+    let descriptor = socket.as_raw_fd();
+    fill(buffers, |vectors| {
+        // SAFETY: `fill` hands over vectors that the kernel may write to.
+        unsafe { libc::readv(descriptor, vectors.as_ptr(), vectors.len() as i32) }
+    })
+}
+
+/// Lets `call` fill `buffers`, and tells the memory's bitmap what was filled.
+fn fill<B: BitmapSlice>(
+    buffers: &[VolatileSlice<'_, B>],
+    call: impl FnOnce(&[libc::iovec]) -> isize,
+) -> io::Result<usize> {
     let buffers = &buffers[..buffers.len().min(MAX_BUFFERS)];
+    // Each vector is a mapped, writable range of guest memory that `buffers` borrows and `guards`
+    // keep mapped during the call; nobody holds Rust references into guest memory. There are at
+    // most MAX_BUFFERS vectors.
     let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
     let vectors: Vec<_> = guards
         .iter()
@@ -28,18 +63,7 @@ pub(super) fn read_at<B: BitmapSlice>(
             iov_len: g.len(),
         })
         .collect();
-    // SAFETY: each vector is a mapped, writable range of guest memory that `buffers`
-    // borrows and `guards` keep mapped during the call; nobody holds Rust references into
-    // guest memory. There are at most MAX_BUFFERS vectors.
-    let done = unsafe {
-        libc::preadv64(
-            file.as_raw_fd(),
-            vectors.as_ptr(),
-            vectors.len() as i32,
-            offset as i64,
-        )
-    };
-    let done = usize::try_from(done).map_err(|_| io::Error::last_os_error())?;
+    let done = usize::try_from(call(&vectors)).map_err(|_| io::Error::last_os_error())?;
     let mut left = done;
     for buffer in buffers {
         let length = buffer.len().min(left);
@@ -59,7 +83,40 @@ pub(super) fn write_at<B: BitmapSlice>(
     buffers: &[VolatileSlice<'_, B>],
     offset: u64,
 ) -> io::Result<usize> {
+    let descriptor = file.as_raw_fd();
+    empty(buffers, |vectors| {
+        // SAFETY: `empty` hands over vectors that the kernel may read.
+        unsafe {
+            libc::pwritev64(
+                descriptor,
+                vectors.as_ptr(),
+                vectors.len() as i32,
+                offset as i64,
+            )
+        }
+    })
+}
+
+/// Sends `buffers` in order as one message to `socket`.
+pub(super) fn send<B: BitmapSlice>(
+    socket: &OwnedFd,
+    buffers: &[VolatileSlice<'_, B>],
+) -> io::Result<usize> {
+    let descriptor = socket.as_raw_fd();
+    empty(buffers, |vectors| {
+        // SAFETY: `empty` hands over vectors that the kernel may read.
+        unsafe { libc::writev(descriptor, vectors.as_ptr(), vectors.len() as i32) }
+    })
+}
+
+/// Lets `call` read `buffers`.
+fn empty<B: BitmapSlice>(
+    buffers: &[VolatileSlice<'_, B>],
+    call: impl FnOnce(&[libc::iovec]) -> isize,
+) -> io::Result<usize> {
     let buffers = &buffers[..buffers.len().min(MAX_BUFFERS)];
+    // Each vector is a mapped range of guest memory that `buffers` borrows and `guards` keep
+    // mapped during the call; the kernel only reads it. There are at most MAX_BUFFERS vectors.
     let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard).collect();
     let vectors: Vec<_> = guards
         .iter()
@@ -68,16 +125,5 @@ pub(super) fn write_at<B: BitmapSlice>(
             iov_len: g.len(),
         })
         .collect();
-    // SAFETY: each vector is a mapped range of guest memory that `buffers` borrows and
-    // `guards` keep mapped during the call; the kernel only reads it. There are at most
-    // MAX_BUFFERS vectors.
-    let done = unsafe {
-        libc::pwritev64(
-            file.as_raw_fd(),
-            vectors.as_ptr(),
-            vectors.len() as i32,
-            offset as i64,
-        )
-    };
-    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    usize::try_from(call(&vectors)).map_err(|_| io::Error::last_os_error())
 }
