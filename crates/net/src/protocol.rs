@@ -84,7 +84,7 @@ pub enum JoinError {
 /// A place on a network, for one machine.
 #[derive(Debug)]
 pub struct Joined {
-    /// Carries the machine's frames. It is in non-blocking mode nowhere but by flags of calls.
+    /// Carries the machine's frames, without blocking.
     pub socket: OwnedFd,
     /// The machine's addresses.
     pub addresses: Addresses,
@@ -118,6 +118,7 @@ pub fn join(socket: OwnedFd, hello: &Hello) -> Result<Joined, JoinError> {
     if length == 0 {
         return Err(JoinError::Lost(ErrorKind::UnexpectedEof.into()));
     }
+    rustix::io::ioctl_fionbio(&socket, true).map_err(lost)?;
     let answer = buffer
         .get(..length)
         .and_then(|text| serde_json::from_slice(text).ok());

@@ -35,7 +35,7 @@ pub(crate) enum Command {
     /// space, which the first run fetches and builds. The guest's console is on this terminal;
     /// with -- CMD the command runs in the guest instead, with this process's standard input,
     /// output and error, and its exit status.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Tell what this host can do, and which accelerator would be used and why
     Doctor(DoctorArgs),
     /// Give the terminal back if the process that started this one dies
@@ -258,7 +258,7 @@ mod tests {
             panic!("not run");
         };
         run.check()?;
-        Ok(run)
+        Ok(*run)
     }
 
     #[test]

@@ -30,7 +30,7 @@ mod transport;
 pub use block::{Action, Block, BlockConfig, Request, SECTOR_SIZE, SectorRange, Status};
 pub use console::{Console, MAX_PORTS, PortConfig};
 pub use entropy::{Entropy, EntropyRequest};
-pub use net::{Accepts, Buffers, MAX_MESSAGE, Net, NetConfig, OutgoingFrame};
+pub use net::{Accepts, Buffers, MAX_MESSAGE, Net, NetConfig, OutgoingFrame, net_queue};
 pub use pci::{VirtioPci, bar};
 pub use queue::{Chain, QueueError, Segment};
 pub use transport::{DeviceStatus, Events, Transport, common};

@@ -23,9 +23,15 @@ const NUM_BUFFERS: u64 = 10;
 /// `VIRTIO_NET_S_LINK_UP` (§5.1.4).
 const LINK_UP: u16 = 1;
 
-/// The queues.
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
+/// The queues, by their numbers (§5.1.2).
+pub mod net_queue {
+    /// Buffers for frames to the driver.
+    pub const RECEIVE: usize = 0;
+    /// Frames from the driver.
+    pub const TRANSMIT: usize = 1;
+}
+
+use net_queue::{RECEIVE, TRANSMIT};
 
 /// Feature bits (§5.1.3).
 mod feature {

@@ -213,6 +213,7 @@ impl Transport {
     }
 
     /// Gives several chains back to queue `index`, so that the driver sees all of them or none.
+    #[expect(clippy::needless_pass_by_value, reason = "the chains end here")]
     pub fn push_all(&mut self, index: usize, chains: Vec<(Chain, u32)>) {
         if !self.running() {
             return;

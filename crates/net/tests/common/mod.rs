@@ -88,7 +88,9 @@ impl TxToken for Transmit<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
         let mut message = vec![0; HEADER_SIZE + length];
         let result = f(&mut message[HEADER_SIZE..]);
-        send(self.0, &message, SendFlags::NOSIGNAL).unwrap();
+        while send(self.0, &message, SendFlags::NOSIGNAL).is_err() {
+            thread::yield_now();
+        }
         result
     }
 }

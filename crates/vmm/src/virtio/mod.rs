@@ -66,9 +66,6 @@ pub enum Error {
     /// A worker thread could not be started.
     #[error("cannot start a thread for a device")]
     Thread(#[source] io::Error),
-    /// A network's socket cannot be used.
-    #[error("cannot use the socket to the network")]
-    Network(#[source] io::Error),
 }
 
 /// What every device is connected to.
@@ -156,7 +153,7 @@ impl Devices {
     pub fn add_net(&mut self, joined: Joined) -> Result<(), Error> {
         let Joined { socket, addresses } = joined;
         let memory = self.connect.memory.ram().clone();
-        let cable = Arc::new(Cable::new(socket, memory).map_err(Error::Network)?);
+        let cable = Arc::new(Cable::new(socket, memory));
         let config = NetConfig {
             mac: addresses.mac.0,
             mtu: strata_net::MTU,
@@ -165,14 +162,15 @@ impl Devices {
         let shared = Shared::new(Net::new(config), &self.connect, |queue| {
             Arc::clone(&bells[queue])
         });
-        let work: [(_, fn(&Arc<Shared<Net>>, &Cable, usize, &Doorbell)); 2] =
-            [("net-in", net::receive), ("net-out", net::transmit)];
-        for (queue, (name, work)) in work.into_iter().enumerate() {
-            let (shared, cable) = (Arc::clone(&shared), Arc::clone(&cable));
-            self.spawn(name, &bells[queue], move |bell| {
-                work(&shared, &cable, queue, bell)
-            })?;
-        }
+        let [receive, transmit] = &bells;
+        let (card, wire) = (Arc::clone(&shared), Arc::clone(&cable));
+        self.spawn("net-in", receive, move |bell| {
+            net::receive(&card, &wire, bell);
+        })?;
+        let (card, wire) = (Arc::clone(&shared), Arc::clone(&cable));
+        self.spawn("net-out", transmit, move |bell| {
+            net::transmit(&card, &wire, bell);
+        })?;
         self.cables.push(cable);
         self.plug(shared)
     }

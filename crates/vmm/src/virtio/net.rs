@@ -1,12 +1,13 @@
 //! The threads of a network card: one takes frames to the network's socket, one from it. Both
 //! move them between the socket and guest memory without a copy of their own.
 
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+use strata_devices::virtio::net_queue::{RECEIVE, TRANSMIT};
 use strata_devices::virtio::{Accepts, Buffers, MAX_MESSAGE, Net, OutgoingFrame};
 use strata_memory::Ram;
 use strata_memory::vm_memory::Permissions;
@@ -25,9 +26,8 @@ pub(super) struct Cable {
 
 impl Cable {
     /// Takes a place on a network, as `strata_net::join` gives it.
-    pub(super) fn new(socket: OwnedFd, memory: Ram) -> io::Result<Self> {
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(Self { socket, memory })
+    pub(super) fn new(socket: OwnedFd, memory: Ram) -> Self {
+        Self { socket, memory }
     }
 
     /// Ends the thread that takes frames from the network. What is sent still goes out.
@@ -92,21 +92,21 @@ impl Cable {
 }
 
 /// Sends what the driver sends until the doorbell stops it, and then what is still in the queue.
-pub(super) fn transmit(shared: &Arc<Shared<Net>>, cable: &Cable, queue: usize, bell: &Doorbell) {
+pub(super) fn transmit(shared: &Arc<Shared<Net>>, cable: &Cable, bell: &Doorbell) {
     while bell.wait() {
-        drain(shared, cable, queue);
+        drain(shared, cable);
     }
-    drain(shared, cable, queue);
+    drain(shared, cable);
 }
 
-fn drain(shared: &Arc<Shared<Net>>, cable: &Cable, queue: usize) {
+fn drain(shared: &Arc<Shared<Net>>, cable: &Cable) {
     if let Some(accepts) = shared.with(|net, _| net.take_accepts()) {
         cable.tell(accepts);
     }
     let mut next = shared.with(|net, transport| net.next_frame(transport));
     loop {
         let Some(frame) = next else {
-            if !shared.with(|_, transport| transport.rearm(queue)) {
+            if !shared.with(|_, transport| transport.rearm(TRANSMIT)) {
                 return;
             }
             next = shared.with(|net, transport| net.next_frame(transport));
@@ -132,7 +132,7 @@ enum Pause {
 }
 
 /// Gives the driver what comes until the doorbell stops it or the network ends.
-pub(super) fn receive(shared: &Arc<Shared<Net>>, cable: &Cable, queue: usize, bell: &Doorbell) {
+pub(super) fn receive(shared: &Arc<Shared<Net>>, cable: &Cable, bell: &Doorbell) {
     let mut held = Buffers::default();
     loop {
         let pause = take_in(shared, cable, &mut held);
@@ -141,7 +141,7 @@ pub(super) fn receive(shared: &Arc<Shared<Net>>, cable: &Cable, queue: usize, be
         match pause {
             Pause::Frame => cable.wait(PollFlags::IN),
             Pause::Buffers => {
-                if !shared.with(|_, transport| transport.rearm(queue)) && !bell.wait() {
+                if !shared.with(|_, transport| transport.rearm(RECEIVE)) && !bell.wait() {
                     return;
                 }
             }
