@@ -34,6 +34,9 @@ mod switch;
 mod tcp;
 mod wire;
 
+#[cfg(test)]
+mod fuzz_tests;
+
 pub use config::{
     Addresses, Config, DOMAIN, GATEWAY, GATEWAY_LINK, GATEWAY_MAC, GATEWAY_V6, MTU, PREFIX,
     SUBNET_BITS,

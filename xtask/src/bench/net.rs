@@ -165,11 +165,10 @@ impl Parts {
         })
     }
 
-    fn boot(&self, command: &mut Command, address: &str, host: &str, port: u16) {
-        let words = format!(
+    fn words(address: &str, host: &str, port: u16) -> String {
+        format!(
             "console=ttyS0 quiet panic=-1 rdinit=/bench/net address={address} host={host} port={port}"
-        );
-        command.args(["-append", &words]);
+        )
     }
 
     fn strata(&self, program: &Path, memory: &str, port: u16) -> Command {
@@ -188,9 +187,8 @@ impl Parts {
             .arg(&self.kernel)
             .arg("--initrd")
             .arg(&self.initrd);
-        let mut words = Command::new("");
-        self.boot(&mut words, "10.0.2.2/24", "10.0.2.1", port);
-        command.arg("--append").args(words.get_args().skip(1));
+        let words = Self::words("10.0.2.2/24", "10.0.2.1", port);
+        command.args(["--append", &words]);
         command
     }
 
@@ -212,7 +210,8 @@ impl Parts {
             .arg(&self.kernel)
             .arg("-initrd")
             .arg(&self.initrd);
-        self.boot(&mut command, "10.0.2.15/24", "10.0.2.2", port);
+        let words = Self::words("10.0.2.15/24", "10.0.2.2", port);
+        command.args(["-append", &words]);
         command
     }
 }
