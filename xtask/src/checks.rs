@@ -15,6 +15,8 @@ pub(crate) const FUZZ_MINUTES: u64 = 10;
 /// Cases of `cargo xtask long`, and boots with each number of vCPUs.
 const LONG_CASES: u64 = 1_000_000;
 const LONG_BOOTS: u32 = 50;
+/// Connections through a forward of `cargo xtask long`.
+const LONG_CONNECTIONS: u32 = 10_000;
 
 /// Runs all tests, with nextest where it is installed.
 pub(crate) fn test(arguments: &[String]) -> Result<(), Error> {
@@ -91,7 +93,20 @@ pub(crate) fn long() -> Result<(), Error> {
             "system",
         ])
         .args(["--", "boots_in_a_row", "--nocapture"]);
-    process::succeed("boots in a row", &mut boots)
+    process::succeed("boots in a row", &mut boots)?;
+    let mut connections = cargo();
+    connections
+        .env("STRATA_TEST_CONNECTIONS", LONG_CONNECTIONS.to_string())
+        .args([
+            "test",
+            "--release",
+            "--package",
+            "strata",
+            "--test",
+            "system",
+        ])
+        .args(["--", "short_connections", "--nocapture"]);
+    process::succeed("short connections", &mut connections)
 }
 
 /// Builds the program as users do, and gives its path.

@@ -188,6 +188,8 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
     // A signal to ourselves: suspending with Ctrl-Z, aborting.
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, one_of(0, &[own])?);
+    let look = [libc::F_GETFD, libc::F_GETFL].map(|command| command as u64);
+    rules.insert(libc::SYS_fcntl, one_of(1, &look)?);
     Ok(rules)
 }
 
@@ -230,8 +232,6 @@ fn allowed_to_machine() -> Result<Rules, BackendError> {
     let names_and_timers = [libc::PR_SET_NAME, libc::PR_SET_TIMERSLACK].map(|option| option as u64);
     rules.insert(libc::SYS_prctl, one_of(0, &names_and_timers)?);
     rules.insert(libc::SYS_arch_prctl, one_of(0, &[ARCH_SET_GS])?);
-    let look = [libc::F_GETFD, libc::F_GETFL].map(|command| command as u64);
-    rules.insert(libc::SYS_fcntl, one_of(1, &look)?);
     Ok(rules)
 }
 
