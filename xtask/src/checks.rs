@@ -17,6 +17,8 @@ const LONG_CASES: u64 = 1_000_000;
 const LONG_BOOTS: u32 = 50;
 /// How often `cargo xtask long` kills a machine, or another writer to an image.
 const LONG_KILLS: u32 = 200;
+/// Connections through a forward of `cargo xtask long`.
+const LONG_CONNECTIONS: u32 = 10_000;
 
 /// Runs all tests, with nextest where it is installed.
 pub(crate) fn test(arguments: &[String]) -> Result<(), Error> {
@@ -100,7 +102,20 @@ pub(crate) fn long() -> Result<(), Error> {
         .env("STRATA_DISK_KILLS", LONG_KILLS.to_string())
         .args(["test", "--release", "--package", "strata"])
         .args(["--package", "strata-disk", "--", "survive", "--nocapture"]);
-    process::succeed("kills", &mut kills)
+    process::succeed("kills", &mut kills)?;
+    let mut connections = cargo();
+    connections
+        .env("STRATA_TEST_CONNECTIONS", LONG_CONNECTIONS.to_string())
+        .args([
+            "test",
+            "--release",
+            "--package",
+            "strata",
+            "--test",
+            "system",
+        ])
+        .args(["--", "short_connections", "--nocapture"]);
+    process::succeed("short connections", &mut connections)
 }
 
 /// Builds the program as users do, and gives its path.

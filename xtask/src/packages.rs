@@ -27,6 +27,12 @@ pub(crate) const QEMU: Program = Program {
     package: "qemu-system-x86",
 };
 
+/// Measures networks.
+pub(crate) const IPERF3: Program = Program {
+    name: "iperf3",
+    package: "iperf3",
+};
+
 /// What the tests need.
 pub(crate) const FOR_TESTS: &[Program] = &[
     GCC,

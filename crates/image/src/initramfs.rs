@@ -13,8 +13,9 @@ pub const GREETING: &str = "Strata guest: Linux ";
 /// Modules without which the appliance is of no use.
 pub(crate) const REQUIRED_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
 
-/// Modules loaded where the kernel has them: entropy, and word of a panic to the host.
-pub(crate) const OPTIONAL_MODULES: &[&str] = &["virtio_rng", "pvpanic_mmio", "pvpanic_pci"];
+/// Modules loaded where the kernel has them: entropy, the network, and word of a panic to the host.
+pub(crate) const OPTIONAL_MODULES: &[&str] =
+    &["virtio_rng", "virtio_net", "pvpanic_mmio", "pvpanic_pci"];
 
 /// What the modules above are known to depend on. Only spares reading the package twice: what
 /// they really depend on is read from themselves.
@@ -23,6 +24,8 @@ pub(crate) const LIKELY_MODULES: &[&str] = &[
     "virtio_ring",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
+    "net_failover",
+    "failover",
     "pvpanic",
 ];
 

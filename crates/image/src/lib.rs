@@ -9,7 +9,7 @@
 //!                                      busybox                 ├──> cache directory
 //!                                      guest scripts ──(cpio)──┘    vmlinuz, initramfs.cpio,
 //!                                                                   manifest.json
-//!  Session (what this run wants) ──(cpio)──> a second, small initramfs segment
+//!  Network, Session (what this run wants) ──(cpio)──> a second, small initramfs segment
 //! ```
 //!
 //! The `strata` binary calls it before it builds a machine. This crate must never know of
@@ -36,4 +36,4 @@ pub use error::Error;
 pub use initramfs::GREETING;
 pub use manifest::{FileRecord, Manifest, SourceRecord};
 pub use progress::{Progress, Silent};
-pub use session::{Ports, Session};
+pub use session::{Network, Ports, Session};

@@ -5,6 +5,7 @@
 //! appliance's own. Called by the `strata` binary.
 
 use std::ffi::{OsStr, OsString};
+use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::cpio::Archive;
@@ -33,6 +34,23 @@ pub struct Session {
     pub term: Option<OsString>,
     /// Rows and columns of the terminal.
     pub size: Option<(u16, u16)>,
+    /// The guest's host name: of a-z, 0-9 and hyphens.
+    pub name: Option<String>,
+    /// How its first network card is to be set up; not at all where `None`.
+    pub network: Option<Network>,
+}
+
+/// What a guest is told of its network instead of having it ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Bits of the network's mask.
+    pub bits: u8,
+    /// The way out, where names are asked for, too.
+    pub gateway: Ipv4Addr,
+    /// The domain in which names of one label are looked for.
+    pub domain: &'static str,
 }
 
 impl Session {
@@ -60,6 +78,21 @@ impl Session {
         }
         if let Some((rows, columns)) = self.size {
             script.extend_from_slice(format!("rows={rows} columns={columns}\n").as_bytes());
+        }
+        if let Some(name) = &self.name {
+            script.extend(b"name=");
+            script.extend(quoted(name.as_ref()));
+            script.push(b'\n');
+        }
+        if let Some(network) = &self.network {
+            let Network {
+                address,
+                bits,
+                gateway,
+                domain,
+            } = network;
+            let line = format!("address={address}/{bits} gateway={gateway} domain={domain}\n");
+            script.extend_from_slice(line.as_bytes());
         }
         if !self.command.is_empty() {
             script.extend_from_slice(b"mode=command\nset --");

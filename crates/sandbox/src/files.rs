@@ -6,12 +6,14 @@ use landlock::{
     RulesetAttr, RulesetError, RulesetStatus, Scope,
 };
 
+use crate::Role;
+
 /// The newest version of Landlock that this was tested with. An older kernel's forbids less:
 /// TCP from version 4 on, signals and abstract sockets from 6 on.
 const TESTED: ABI = ABI::V7;
 
-pub(crate) fn enter() -> Result<String, String> {
-    let status = forbid_all().map_err(|error| error.to_string())?;
+pub(crate) fn enter(role: Role) -> Result<String, String> {
+    let status = forbid_all(role).map_err(|error| error.to_string())?;
     match (status.ruleset, status.landlock) {
         (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => {
             Err("turned off on this host (kernel parameter lsm=)".into())
@@ -26,12 +28,16 @@ pub(crate) fn enter() -> Result<String, String> {
     }
 }
 
-/// Declares all kinds of access as governed by rules, and gives no rule.
-fn forbid_all() -> Result<landlock::RestrictionStatus, RulesetError> {
-    Ruleset::default()
+/// Declares all kinds of access as governed by rules, and gives no rule. TCP is a switch's trade.
+fn forbid_all(role: Role) -> Result<landlock::RestrictionStatus, RulesetError> {
+    let files = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(TESTED))?
-        .handle_access(AccessNet::from_all(TESTED))?
+        .handle_access(AccessFs::from_all(TESTED))?;
+    let rules = match role {
+        Role::Machine => files.handle_access(AccessNet::from_all(TESTED))?,
+        Role::Network => files,
+    };
+    rules
         .scope(Scope::from_all(TESTED))?
         .create()?
         .restrict_self()

@@ -23,18 +23,27 @@ use std::fmt;
 use std::fs;
 use std::io;
 
+/// What the process does, and so what it must keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It runs a machine: all is open, threads are to come.
+    Machine,
+    /// It is the switch of a network: it makes sockets of the internet, and has one thread.
+    Network,
+}
+
 /// One layer of the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
     /// User, mount, network, IPC, UTS and cgroup namespaces of its own, with an empty root
-    /// directory and no network device that is up.
+    /// directory and no network device that is up. A network's switch keeps the host's network.
     Namespaces,
-    /// No capabilities and no way to gain any, no core dumps, no tracing by the same user, few
-    /// file descriptors.
+    /// No capabilities and no way to gain any, no core dumps, no tracing by the same user; few
+    /// file descriptors for a machine.
     Privileges,
-    /// Landlock: no access to any file or TCP port, no signals to other processes.
+    /// Landlock: no access to any file, no signals to other processes; no TCP port for a machine.
     Landlock,
-    /// Only the system calls of a running machine.
+    /// Only the system calls of a running machine, or of a switch.
     Seccomp,
 }
 
@@ -58,12 +67,12 @@ impl Layer {
     }
 
     /// Enters the layer. Returns what to say of it, or why the host does not give it.
-    fn enter(self) -> Result<String, String> {
+    fn enter(self, role: Role) -> Result<String, String> {
         match self {
-            Self::Namespaces => namespaces::enter(),
-            Self::Privileges => privileges::enter(),
-            Self::Landlock => files::enter(),
-            Self::Seccomp => syscalls::enter(),
+            Self::Namespaces => namespaces::enter(role),
+            Self::Privileges => privileges::enter(role),
+            Self::Landlock => files::enter(role),
+            Self::Seccomp => syscalls::enter(role),
         }
     }
 }
@@ -107,14 +116,14 @@ pub enum Error {
 }
 
 /// Locks the calling process up, for good, as far as the host allows: gives up, layer by layer,
-/// whatever `layers` take away. To be called before the process starts a second thread.
+/// whatever `layers` take away from a process of this `role`. To be called before the process starts a second thread.
 ///
 /// All file descriptors without close-on-exec are closed, except the standard streams: they came
 /// from whoever started the process. So did the environment, which is wiped.
 ///
 /// Later, a system call that is forbidden ends the process with SIGSYS and a message on standard
 /// error; those that libraries try and can do without (opening files above all) fail with EACCES.
-pub fn enter(layers: &[Layer]) -> Result<Report, Error> {
+pub fn enter(layers: &[Layer], role: Role) -> Result<Report, Error> {
     match fs::read_dir("/proc/self/task")
         .map_err(Error::Proc)?
         .count()
@@ -124,6 +133,6 @@ pub fn enter(layers: &[Layer]) -> Result<Report, Error> {
     }
     inherited::close_descriptors().map_err(Error::Proc)?;
     inherited::wipe_environment();
-    let report = layers.iter().map(|layer| (*layer, layer.enter()));
+    let report = layers.iter().map(|layer| (*layer, layer.enter(role)));
     Ok(Report(report.collect()))
 }

@@ -13,30 +13,36 @@ use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::UnshareFlags;
 
+use crate::Role;
+
 /// A directory that is there on every host; it becomes the root, with nothing in it.
 const ROOT: &str = "/proc";
 /// One inode, the root's, which nobody may search.
 const ROOT_OPTIONS: &std::ffi::CStr = c"mode=0,size=4k,nr_inodes=1";
 
-pub(crate) fn enter() -> Result<String, String> {
+pub(crate) fn enter(role: Role) -> Result<String, String> {
     // Known after unshare only as "nobody".
     let (user, group) = (
         rustix::process::geteuid().as_raw(),
         rustix::process::getegid().as_raw(),
     );
+    let (network, list) = match role {
+        Role::Machine => (UnshareFlags::NEWNET, "mount, network, IPC, UTS, cgroup"),
+        Role::Network => (UnshareFlags::empty(), "mount, IPC, UTS, cgroup"),
+    };
     let others = UnshareFlags::NEWNS
-        | UnshareFlags::NEWNET
+        | network
         | UnshareFlags::NEWIPC
         | UnshareFlags::NEWUTS
         | UnshareFlags::NEWCGROUP;
     let list = match unshare(UnshareFlags::NEWUSER | others) {
         Ok(()) => {
             map(user, group)?;
-            "user, mount, network, IPC, UTS, cgroup"
+            format!("user, {list}")
         }
         // Root may do without, where user namespaces are turned off.
         Err(error) => match unshare(others) {
-            Ok(()) => "mount, network, IPC, UTS, cgroup",
+            Ok(()) => list.to_owned(),
             Err(_) => return Err(refusal(&error, setting)),
         },
     };

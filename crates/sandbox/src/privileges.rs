@@ -5,19 +5,25 @@ use std::io;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use crate::Role;
+
 /// How many file descriptors the process may have. It opens none any more; what it has stays.
 const DESCRIPTORS: u64 = 64;
 /// Capabilities are numbered from 0 to at most this.
 const LAST_CAPABILITY: u32 = 63;
 
-pub(crate) fn enter() -> Result<String, String> {
+pub(crate) fn enter(role: Role) -> Result<String, String> {
     let failed = |what: &'static str| move |error| format!("cannot {what}: {error}");
     // A core dump or a debugger of the same user would see the guest's memory.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(io::Error::from)
         .map_err(failed("turn off core dumps and tracing"))?;
     lower(Resource::Core, 0).map_err(failed("limit core dumps"))?;
-    lower(Resource::Nofile, DESCRIPTORS).map_err(failed("limit file descriptors"))?;
+    match role {
+        Role::Machine => lower(Resource::Nofile, DESCRIPTORS),
+        Role::Network => raise(Resource::Nofile),
+    }
+    .map_err(failed("limit file descriptors"))?;
     drop_capabilities()
         .map_err(io::Error::from)
         .map_err(failed("drop capabilities"))?;
@@ -36,6 +42,16 @@ fn lower(resource: Resource, most: u64) -> io::Result<()> {
         maximum: least(maximum),
     };
     Ok(setrlimit(resource, lowered)?)
+}
+
+/// Raises a limit as far as the user may.
+fn raise(resource: Resource) -> io::Result<()> {
+    let maximum = getrlimit(resource).maximum;
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    Ok(setrlimit(resource, raised)?)
 }
 
 fn drop_capabilities() -> rustix::io::Result<()> {

@@ -1,4 +1,4 @@
-//! seccomp: the system calls of a running machine, and no others.
+//! seccomp: the system calls of a running machine, or of a network's switch, and no others.
 //!
 //! Three filters, of which the strictest answer counts: what is not on the list ends the process
 //! (see `violation`), what libraries try and can do without fails with an error.
@@ -10,13 +10,13 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch,
 };
 
-use crate::violation;
+use crate::{Role, violation};
 
 /// `arch_prctl(2)`: sets the GS base, where a vCPU's state block is (`asm/prctl.h`).
 const ARCH_SET_GS: u64 = 0x1001;
 
-/// Allowed with any arguments.
-const ALLOWED: &[i64] = &[
+/// Allowed to a machine with any arguments.
+const MACHINE: &[i64] = &[
     // Descriptors that are open: streams, disks, the pipe for signals.
     libc::SYS_read,
     libc::SYS_readv,
@@ -34,6 +34,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_recvfrom,
+    libc::SYS_shutdown,
     libc::SYS_close,
     // Memory; mapping it is below.
     libc::SYS_brk,
@@ -66,6 +67,55 @@ const ALLOWED: &[i64] = &[
     libc::SYS_getrandom,
 ];
 
+/// Allowed to a switch with any arguments.
+const NETWORK: &[i64] = &[
+    // Sockets; making them is below.
+    libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_close,
+    libc::SYS_connect,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_listen,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Waiting for them; the lock of whoever comes in.
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_epoll_wait,
+    libc::SYS_flock,
+    // Memory; mapping it is below.
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    // The end of the process, and signals.
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    // Time and random numbers.
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_getrandom,
+];
+
 /// Fail with EACCES. The allocator looks for settings of the kernel, a panic for debug symbols,
 /// the standard library for the size of a file; each has an answer of its own where it finds none.
 const REFUSED: &[i64] = &[
@@ -88,21 +138,21 @@ const REFUSED: &[i64] = &[
 /// calls clone(2).
 const UNKNOWN: &[i64] = &[libc::SYS_clone3];
 
-pub(crate) fn enter() -> Result<String, String> {
-    let programs = programs().map_err(|error| error.to_string())?;
+pub(crate) fn enter(role: Role) -> Result<String, String> {
+    let programs = programs(role).map_err(|error| error.to_string())?;
     violation::report_and_die().map_err(|error| format!("cannot handle SIGSYS: {error}"))?;
     for program in &programs {
         seccompiler::apply_filter_all_threads(program)
             .map_err(|error| format!("the host refuses the filter: {error}"))?;
     }
-    let count = allowed().map_err(|error| error.to_string())?.len();
+    let count = allowed(role).map_err(|error| error.to_string())?.len();
     Ok(format!("{count} system calls"))
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// The filters. The last one to be applied is the one that forbids applying more.
-fn programs() -> Result<[BpfProgram; 3], BackendError> {
+fn programs(role: Role) -> Result<[BpfProgram; 3], BackendError> {
     let compile = |rules, otherwise, action| {
         SeccompFilter::new(rules, otherwise, action, TargetArch::x86_64)?.try_into()
     };
@@ -110,7 +160,7 @@ fn programs() -> Result<[BpfProgram; 3], BackendError> {
         let action = SeccompAction::Errno(error as u32);
         compile(any(numbers), SeccompAction::Allow, action)
     };
-    let mut rules = allowed()?;
+    let mut rules = allowed(role)?;
     rules.extend(any(REFUSED));
     rules.extend(any(UNKNOWN));
     Ok([
@@ -126,12 +176,33 @@ fn any(numbers: &[i64]) -> Rules {
 }
 
 /// What is allowed, and with which arguments.
-fn allowed() -> Result<Rules, BackendError> {
-    let mut rules = any(ALLOWED);
+fn allowed(role: Role) -> Result<Rules, BackendError> {
+    let mut rules = match role {
+        Role::Machine => allowed_to_machine()?,
+        Role::Network => allowed_to_network()?,
+    };
     // Memory that can be executed was all mapped before, and none is ever added.
     let no_exec = vec![bits(2, libc::PROT_EXEC as u64, 0)?];
     rules.insert(libc::SYS_mmap, no_exec.clone());
     rules.insert(libc::SYS_mprotect, no_exec);
+    // A signal to ourselves: suspending with Ctrl-Z, aborting.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, one_of(0, &[own])?);
+    let look = [libc::F_GETFD, libc::F_GETFL].map(|command| command as u64);
+    rules.insert(libc::SYS_fcntl, one_of(1, &look)?);
+    Ok(rules)
+}
+
+fn allowed_to_network() -> Result<Rules, BackendError> {
+    let mut rules = any(NETWORK);
+    // The internet's, and no others: no Unix sockets, netlink, or raw packets.
+    let families = [libc::AF_INET, libc::AF_INET6].map(|family| family as u64);
+    rules.insert(libc::SYS_socket, one_of(0, &families)?);
+    Ok(rules)
+}
+
+fn allowed_to_machine() -> Result<Rules, BackendError> {
+    let mut rules = any(MACHINE);
     // Threads, but no processes and no namespaces.
     let thread = (libc::CLONE_THREAD | libc::CLONE_VM) as u64;
     let namespaces = libc::CLONE_NEWUSER
@@ -143,9 +214,6 @@ fn allowed() -> Result<Rules, BackendError> {
         | libc::CLONE_NEWCGROUP;
     let mask = thread | namespaces as u64;
     rules.insert(libc::SYS_clone, vec![bits(0, mask, thread)?]);
-    // A signal to ourselves: suspending with Ctrl-Z, aborting.
-    let own = u64::from(std::process::id());
-    rules.insert(libc::SYS_tgkill, one_of(0, &[own])?);
     // A byte into the pipe for signals, which is connected: no address.
     let no_address = condition(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
     rules.insert(libc::SYS_sendto, vec![SeccompRule::new(vec![no_address])?]);
@@ -164,8 +232,6 @@ fn allowed() -> Result<Rules, BackendError> {
     let names_and_timers = [libc::PR_SET_NAME, libc::PR_SET_TIMERSLACK].map(|option| option as u64);
     rules.insert(libc::SYS_prctl, one_of(0, &names_and_timers)?);
     rules.insert(libc::SYS_arch_prctl, one_of(0, &[ARCH_SET_GS])?);
-    let look = [libc::F_GETFD, libc::F_GETFL].map(|command| command as u64);
-    rules.insert(libc::SYS_fcntl, one_of(1, &look)?);
     Ok(rules)
 }
 

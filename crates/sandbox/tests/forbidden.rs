@@ -15,7 +15,7 @@ use std::ptr;
 use std::thread;
 use std::time::Duration;
 
-use strata_sandbox::{Layer, enter};
+use strata_sandbox::{Layer, Role, enter};
 
 const PASSWD: &CStr = c"/etc/passwd";
 /// Exit status of a child whose layer the host does not give.
@@ -33,6 +33,11 @@ enum End {
 /// Runs `attempt` behind `layers` in a process of its own. Gives how it ended and what it wrote
 /// to standard error; `None` where the host does not give one of the layers.
 fn told(layers: &[Layer], attempt: impl FnOnce() -> i32) -> Option<(End, String)> {
+    told_as(Role::Machine, layers, attempt)
+}
+
+/// The same for a process of another role.
+fn told_as(role: Role, layers: &[Layer], attempt: impl FnOnce() -> i32) -> Option<(End, String)> {
     let mut pipe = [0; 2];
     // SAFETY: room for two descriptors, which are owned from here on.
     let (mut reader, writer) = unsafe {
@@ -46,7 +51,7 @@ fn told(layers: &[Layer], attempt: impl FnOnce() -> i32) -> Option<(End, String)
     if child == 0 {
         // SAFETY: both descriptors are open.
         unsafe { libc::dup2(writer.as_raw_fd(), 2) };
-        let status = match enter(layers) {
+        let status = match enter(layers, role) {
             Ok(report) if report.missing().next().is_none() => attempt(),
             Ok(report) => {
                 let reasons: Vec<_> = report.missing().map(|(_, reason)| reason).collect();
@@ -158,7 +163,7 @@ fn a_process_with_threads_is_not_locked_up() {
         thread::scope(|scope| {
             scope.spawn(|| thread::sleep(Duration::from_mins(1)));
             // SAFETY: ends the process with its thread.
-            unsafe { libc::_exit(i32::from(enter(&[]).is_ok())) }
+            unsafe { libc::_exit(i32::from(enter(&[], Role::Machine).is_ok())) }
         })
     });
 }
@@ -444,4 +449,51 @@ fn tempfile() -> File {
         mem::drop(directory);
         File::from_raw_fd(file)
     }
+}
+
+/// What a network's switch ends with, behind all layers that this host gives.
+fn as_switch(attempt: impl Fn() -> i32) -> Option<(End, String)> {
+    let given = |layer: &Layer| told_as(Role::Network, &[*layer], || 0).is_some();
+    let layers: Vec<Layer> = Layer::ALL.into_iter().filter(given).collect();
+    told_as(Role::Network, &layers, attempt)
+}
+
+#[test]
+fn a_switch_makes_connections_and_opens_no_file() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (end, text) = as_switch(|| connect(address)).unwrap();
+    assert_eq!(end, End::Errno(0), "{text}");
+    let (end, text) = as_switch(|| open(PASSWD, libc::O_RDONLY)).unwrap();
+    assert_ne!(end, End::Errno(0), "{text}");
+}
+
+#[test]
+fn a_switch_is_stopped_at_other_sockets_threads_and_programs() {
+    let stopped = |name: &str, call: [i64; 4]| {
+        let [number, a, b, c] = call;
+        // SAFETY: none of these calls is given an address but NULL.
+        let attempt = || error_of(unsafe { libc::syscall(number, a, b, c) });
+        let told = told_as(Role::Network, &[Layer::Seccomp], attempt);
+        if let Some((end, text)) = told {
+            assert_eq!(end, End::Signal(libc::SIGSYS), "{text}");
+            assert!(text.contains(&format!("({name})")), "{text}");
+        }
+    };
+    let stream = i64::from(libc::SOCK_STREAM);
+    stopped(
+        "socket",
+        [libc::SYS_socket, i64::from(libc::AF_UNIX), stream, 0],
+    );
+    stopped(
+        "socket",
+        [libc::SYS_socket, i64::from(libc::AF_NETLINK), stream, 0],
+    );
+    stopped(
+        "socket",
+        [libc::SYS_socket, i64::from(libc::AF_PACKET), stream, 0],
+    );
+    stopped("clone", [libc::SYS_clone, i64::from(libc::SIGCHLD), 0, 0]);
+    stopped("execve", [libc::SYS_execve, 0, 0, 0]);
+    stopped("ptrace", [libc::SYS_ptrace, 0, 0, 0]);
 }

@@ -7,10 +7,11 @@ use std::time::Duration;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use strata_net::Forward;
 
 use crate::disk::DiskCommand;
 use crate::exit;
-use crate::units::{self, Disk, Module};
+use crate::units::{self, Disk, Module, Network};
 
 const RUN_KEYS: &str = "\
 Keys on the console: Ctrl-A x quits, Ctrl-A h lists the keys, Ctrl-A Ctrl-A sends Ctrl-A.";
@@ -35,7 +36,7 @@ pub(crate) enum Command {
     /// space, which the first run fetches and builds. The guest's console is on this terminal;
     /// with -- CMD the command runs in the guest instead, with this process's standard input,
     /// output and error, and its exit status.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Make, look at, change and copy disk images
     #[command(subcommand)]
     Disk(DiskCommand),
@@ -44,6 +45,9 @@ pub(crate) enum Command {
     /// Give the terminal back if the process that started this one dies
     #[command(name = crate::guard::SUBCOMMAND, hide = true)]
     TerminalGuard,
+    /// Serve a network until its last machine has gone
+    #[command(name = crate::network::SUBCOMMAND, hide = true)]
+    NetworkSwitch(SwitchArgs),
     /// Enter the sandbox and say what became of each of its layers
     #[command(name = crate::sandbox::SUBCOMMAND, hide = true)]
     SandboxProbe,
@@ -80,6 +84,22 @@ pub(crate) struct RunArgs {
     #[arg(long = "disk", value_name = "PATH[,ro][,format=FORMAT]",
           value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
     pub(crate) disks: Vec<Disk>,
+
+    /// The machine's network: one of its own (user), one shared under a NAME with other machines of
+    /// this user, or none. With ,host it reaches this host's loopback as its gateway, with
+    /// ,isolated nobody but its neighbours [default: none, or user with -p]
+    #[arg(long, value_name = "user|none|NAME[,host|,isolated]", value_parser = units::network)]
+    pub(crate) network: Option<Network>,
+
+    /// A port of this host that leads to one of the guest: on 127.0.0.1, or ADDRESS. Repeat for
+    /// more
+    #[arg(short = 'p', long = "publish", value_name = "[ADDRESS:]HOST:GUEST[/udp]",
+          value_parser = units::forward)]
+    pub(crate) forwards: Vec<Forward>,
+
+    /// The machine's name, by which others on its network find it
+    #[arg(long, value_name = "NAME", value_parser = units::name)]
+    pub(crate) name: Option<String>,
 
     /// Kernel to boot instead of the default appliance: Linux, a bzImage or an ELF vmlinux, or a
     /// Multiboot kernel
@@ -141,11 +161,46 @@ impl RunArgs {
                  with it.\nLeave out --kernel, or start the command from your own initrd.\n",
             );
         }
+        if !self.forwards.is_empty() && self.network() == Network::NONE {
+            return refuse("-p needs a network: leave out --network none.\n");
+        }
         if self.command.first().is_some_and(|word| word.is_empty()) {
             return refuse("the command after -- is empty.\n");
         }
         Ok(())
     }
+}
+
+impl RunArgs {
+    /// The network that the machine is to have.
+    pub(crate) fn network(&self) -> Network {
+        let implied = if self.forwards.is_empty() {
+            Network::NONE
+        } else {
+            Network::USER
+        };
+        self.network.clone().unwrap_or(implied)
+    }
+}
+
+/// Arguments of the process that is a network's switch.
+#[derive(Debug, Args)]
+pub(crate) struct SwitchArgs {
+    /// Let guests reach this host
+    #[arg(long)]
+    pub(crate) host: bool,
+
+    /// Let guests reach nobody but each other
+    #[arg(long)]
+    pub(crate) isolated: bool,
+
+    /// Standard input is where machines come in, standard output the lock of those who do
+    #[arg(long)]
+    pub(crate) door: bool,
+
+    /// How this process locks itself up
+    #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
+    pub(crate) sandbox: Sandbox,
 }
 
 /// What runs the guest's instructions.
@@ -166,6 +221,17 @@ pub(crate) enum Sandbox {
     Require,
     /// Not at all, for debuggers
     Off,
+}
+
+impl Sandbox {
+    /// As it is written on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Require => "require",
+            Self::Off => "off",
+        }
+    }
 }
 
 /// Arguments of `strata doctor`.
@@ -197,7 +263,7 @@ mod tests {
             panic!("not run");
         };
         run.check()?;
-        Ok(run)
+        Ok(*run)
     }
 
     #[test]
@@ -243,7 +309,7 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 13] = [
+        let wrong: [&[&str]; 19] = [
             &["--memory", "512"],
             &["--cpus", "0"],
             &["--cpus", "17"],
@@ -255,6 +321,12 @@ mod tests {
             &["--kernel", "k", "--module", ""],
             &["--debug-exit", "0x10000"],
             &["--debug-exit", "port"],
+            &["--network", "Web"],
+            &["--network", "user,ro"],
+            &["--network", "none", "-p", "80:80"],
+            &["-p", "80"],
+            &["-p", "0:80"],
+            &["--name", "a.b"],
             &["ls"],
             &["--", ""],
         ];

@@ -12,6 +12,7 @@ mod exit;
 mod guard;
 mod keys;
 mod manual;
+mod network;
 mod report;
 mod run;
 mod sandbox;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
             Ok(()) => End::Done,
             Err(_) => End::NotStarted,
         },
+        Command::NetworkSwitch(args) => network::switch(&args),
         Command::SandboxProbe => sandbox::answer_probe(),
         Command::Doctor(args) => doctor::doctor(args.output),
         Command::Completions { shell } => print(&manual::completions(shell)),

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
-use strata_image::{GREETING, Session};
+use strata_image::{GREETING, Network, Session};
+use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
+use strata_sandbox::Role;
 use strata_vmm::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
     SerialConsole,
@@ -16,6 +18,7 @@ use crate::command::{self, Status};
 use crate::console::{KeyInput, Output, PipeInput, Show, Tail, Typist};
 use crate::exit::End;
 use crate::guard::Guard;
+use crate::network;
 use crate::report::say;
 use crate::sandbox;
 use crate::stats::{Maps, Stats};
@@ -42,6 +45,10 @@ pub(crate) enum Fault {
     /// The machine refuses its configuration.
     #[error(transparent)]
     Machine(strata_vmm::Error),
+
+    /// The machine has not the network that it is to have.
+    #[error(transparent)]
+    Network(#[from] network::Fault),
 
     /// This process is not locked up as it has to be.
     #[error(transparent)]
@@ -88,7 +95,8 @@ impl Fault {
 /// Runs a machine to its end.
 pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     strata_vmm::give_back_large_blocks();
-    let boot = Boot::prepare(args, verbose)?;
+    let joined = network::join(args)?;
+    let boot = Boot::prepare(args, verbose, joined.as_ref())?;
     let supervisor = Supervisor::new();
     let log = args.console_log.as_deref().map(|path| {
         File::create(path).map_err(Fault::host(format!(
@@ -122,6 +130,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         command_line: boot.command_line,
         debug_exit: args.debug_exit,
         disks: disks(args),
+        networks: joined.into_iter().collect(),
         console: SerialConsole {
             output: Box::new(output),
             input: None,
@@ -152,7 +161,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     let maps = maps.map_err(Fault::host("look at this process's memory"))?;
 
     // All is open; no thread has been started yet, as most locks ask for.
-    sandbox::lock_up(args.sandbox)?;
+    sandbox::lock_up(args.sandbox, Role::Machine)?;
     let machine = opened.build().map_err(Fault::Machine)?;
     let raw = if on_terminal {
         RawMode::enter(guard).map_err(Fault::host("make the terminal raw"))?
@@ -216,7 +225,7 @@ struct Boot {
 }
 
 impl Boot {
-    fn prepare(args: &RunArgs, verbose: bool) -> Result<Self, Fault> {
+    fn prepare(args: &RunArgs, verbose: bool, joined: Option<&Joined>) -> Result<Self, Fault> {
         if let Some(kernel) = &args.kernel {
             return Ok(Self {
                 kernel: kernel.clone(),
@@ -230,6 +239,13 @@ impl Boot {
             command: args.command.clone(),
             term: std::env::var_os("TERM").filter(|_| io::stdout().is_terminal()),
             size: terminal::size(),
+            name: args.name.clone(),
+            network: joined.map(|joined| Network {
+                address: joined.addresses.ipv4,
+                bits: SUBNET_BITS,
+                gateway: GATEWAY,
+                domain: DOMAIN,
+            }),
         };
         let mut command_line = APPLIANCE_COMMAND_LINE.to_owned();
         for more in (!verbose)

@@ -4,7 +4,7 @@
 use std::io::{self, BufRead};
 use std::process::{Command, Stdio};
 
-use strata_sandbox::{Error, Layer, Report, enter};
+use strata_sandbox::{Error, Layer, Report, Role, enter};
 
 use crate::cli::Sandbox;
 use crate::exit::End;
@@ -31,12 +31,12 @@ pub(crate) enum Fault {
 }
 
 /// Locks this process up as `wanted`, for good.
-pub(crate) fn lock_up(wanted: Sandbox) -> Result<(), Fault> {
+pub(crate) fn lock_up(wanted: Sandbox, role: Role) -> Result<(), Fault> {
     if wanted == Sandbox::Off {
         tracing::info!("no sandbox");
         return Ok(());
     }
-    let report = match enter(&Layer::ALL) {
+    let report = match enter(&Layer::ALL, role) {
         Ok(report) => report,
         // A container without /proc: nothing is wrong with the process.
         Err(error @ Error::Proc(_)) if wanted == Sandbox::Auto => {
@@ -76,7 +76,7 @@ pub(crate) struct Found {
 
 /// What the hidden subcommand does.
 pub(crate) fn answer_probe() -> End {
-    match enter(&Layer::ALL) {
+    match enter(&Layer::ALL, Role::Machine) {
         Ok(report) => {
             let line = |(layer, state): (Layer, Result<&str, &str>)| match state {
                 Ok(detail) => format!("{layer} {HOLDS} {detail}\n"),

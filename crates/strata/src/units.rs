@@ -1,11 +1,13 @@
 //! Sizes, times, disks and the like as they are written on the command line.
 
 use std::ffi::OsStr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use strata_disk::Format;
+use strata_net::{Forward, Protocol};
 
 /// Granularity of guest memory: a page, in bytes.
 const PAGE: u64 = 4096;
@@ -140,6 +142,97 @@ pub(crate) fn module(text: &OsStr) -> Result<Module, String> {
     })
 }
 
+/// Which network a machine is on, as given with `--network`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Network {
+    pub(crate) wire: Wire,
+    /// Guests reach this host.
+    pub(crate) host: bool,
+    /// Guests reach nobody but each other.
+    pub(crate) isolated: bool,
+}
+
+/// Whom a machine shares its network with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Wire {
+    /// There is none.
+    None,
+    /// Nobody.
+    User,
+    /// Whoever names the same.
+    Named(String),
+}
+
+impl Network {
+    /// No network.
+    pub(crate) const NONE: Self = Self::plain(Wire::None);
+    /// One of the machine's own.
+    pub(crate) const USER: Self = Self::plain(Wire::User);
+
+    const fn plain(wire: Wire) -> Self {
+        Self {
+            wire,
+            host: false,
+            isolated: false,
+        }
+    }
+}
+
+/// Parses `user`, `none` or a name, then `,host` or `,isolated`.
+pub(crate) fn network(text: &str) -> Result<Network, String> {
+    let (first, options) = text.split_once(',').unwrap_or((text, ""));
+    let mut network = Network::plain(match first {
+        "none" => Wire::None,
+        "user" => Wire::User,
+        other => Wire::Named(name(other)?),
+    });
+    match options {
+        "" => {}
+        "host" => network.host = true,
+        "isolated" => network.isolated = true,
+        other => return Err(format!("'{other}' is neither host nor isolated")),
+    }
+    Ok(network)
+}
+
+/// Parses a name: a host name of one label.
+pub(crate) fn name(text: &str) -> Result<String, String> {
+    if strata_net::is_host_name(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("a name is of a-z, 0-9 and hyphens between them, at most 63".to_owned())
+    }
+}
+
+/// Parses `[ADDRESS:]HOST:GUEST[/udp]`; an IPv6 address is in brackets.
+pub(crate) fn forward(text: &str) -> Result<Forward, String> {
+    let (ports, protocol) = match text.rsplit_once('/') {
+        None => (text, Protocol::Tcp),
+        Some((ports, "tcp")) => (ports, Protocol::Tcp),
+        Some((ports, "udp")) => (ports, Protocol::Udp),
+        Some((_, other)) => return Err(format!("'{other}' is neither tcp nor udp")),
+    };
+    let form = || "a port is published as [ADDRESS:]HOST:GUEST, such as 8080:80".to_owned();
+    let (host, guest) = ports.rsplit_once(':').ok_or_else(form)?;
+    let (address, host) = match host.rsplit_once(':') {
+        None => (IpAddr::V4(Ipv4Addr::LOCALHOST), host),
+        Some((address, host)) => {
+            let bare = address.strip_prefix('[').and_then(|a| a.strip_suffix(']'));
+            let parsed = bare.unwrap_or(address).parse();
+            (
+                parsed.map_err(|_| format!("'{address}' is no IP address"))?,
+                host,
+            )
+        }
+    };
+    let number = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+    Ok(Forward {
+        protocol,
+        host: (address, number(host).ok_or_else(form)?).into(),
+        guest: number(guest).ok_or_else(form)?,
+    })
+}
+
 /// The last I/O port that has three after it.
 const LAST_OF_FOUR: u16 = 0xfffc;
 
@@ -256,5 +349,40 @@ mod tests {
         assert_eq!(display_size(512 << 20), "512 MiB");
         assert_eq!(display_size(3 << 29), "1.5 GiB");
         assert_eq!(display_size(17), "17 bytes");
+    }
+
+    #[test]
+    fn a_network_is_a_word_with_at_most_one_option() {
+        assert_eq!(network("none"), Ok(Network::NONE));
+        assert_eq!(network("user"), Ok(Network::USER));
+        let shared = network("lab,isolated").unwrap();
+        assert_eq!(shared.wire, Wire::Named("lab".to_owned()));
+        assert!(shared.isolated && !shared.host);
+        for wrong in ["", "a/b", "../x", "lab,host,isolated", "user,rw"] {
+            assert!(network(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_published_port_may_have_an_address_and_a_protocol() {
+        let of = |text: &str| {
+            let f = forward(text).unwrap();
+            (f.host.to_string(), f.guest, f.protocol)
+        };
+        assert_eq!(
+            of("8080:80"),
+            ("127.0.0.1:8080".to_owned(), 80, Protocol::Tcp)
+        );
+        assert_eq!(
+            of("0.0.0.0:53:5353/udp"),
+            ("0.0.0.0:53".to_owned(), 5353, Protocol::Udp)
+        );
+        assert_eq!(
+            of("[::1]:1:2/tcp"),
+            ("[::1]:1".to_owned(), 2, Protocol::Tcp)
+        );
+        for wrong in ["80", "x:80", "1:2:3", "70000:1", "1:2/sctp", ":80"] {
+            assert!(forward(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -44,6 +44,7 @@ fn main() -> ExitCode {
             output: Box::new(io::stdout()),
             input: Some(Box::new(io::stdin())),
         },
+        networks: Vec::new(),
         ports: Vec::new(),
     };
     let start = Instant::now();

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 
 use strata_disk::Format;
+use strata_net::Joined;
 
 /// Everything a machine is built from.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct MachineConfig {
     pub debug_exit: Option<u16>,
     /// Virtio disks, in order: vda, vdb, ...
     pub disks: Vec<DiskConfig>,
+    /// Places on networks, each with a card: eth0, eth1, ...
+    pub networks: Vec<Joined>,
     /// The serial port, ttyS0.
     pub console: SerialConsole,
     /// Ports of a virtio console. Empty: there is no such device.

@@ -94,6 +94,7 @@ impl Machine {
             command_line,
             debug_exit,
             disks,
+            networks,
             console,
             ports,
         } = config;
@@ -124,6 +125,7 @@ impl Machine {
             memory,
             vcpus,
             disks,
+            networks,
             console,
             ports,
             debug_exit,

@@ -41,6 +41,11 @@ impl Strata {
         }
     }
 
+    /// The program.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Builds the program.
     pub(crate) fn build() -> Result<Self, Error> {
         Ok(Self {

@@ -8,6 +8,7 @@
 //! are interleaved, so that a busy host slows all sides alike; what counts is the ratios.
 
 mod guests;
+mod net;
 mod parts;
 mod report;
 
@@ -66,6 +67,8 @@ enum Part {
     Cpus,
     /// How a guest sleeps, and what that costs; of Strata
     Sleep,
+    /// The network, between guest and host; of Strata and TCG
+    Net,
 }
 
 /// Form of the report.
@@ -145,6 +148,17 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
     if let (true, Some(strata)) = (measured(Part::Sleep), &strata) {
         eprintln!("sleep of {SLEEP} s");
         report.slept = Some(guests::sleep(strata, &parts)?);
+    }
+    if measured(Part::Net) {
+        let qemu = wanted(Side::Tcg).then(|| packages::QEMU.require());
+        let program = strata.as_ref().map(Strata::program);
+        let net = net::measure(
+            program,
+            qemu.transpose()?.as_deref(),
+            &args.memory,
+            args.runs,
+        )?;
+        report.net = Some(net);
     }
     match args.output {
         Form::Text => print!("{report}"),

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::guests::Slept;
+use super::net::Net;
 use super::parts::SLEEP;
 
 /// One line: medians in seconds.
@@ -38,6 +39,7 @@ pub(crate) struct Report {
     /// A load for two CPUs, on one and on two.
     pub(crate) parallel: Option<[Row; 2]>,
     pub(crate) slept: Option<Slept>,
+    pub(crate) net: Option<Net>,
 }
 
 #[derive(Serialize)]
@@ -67,6 +69,7 @@ impl Report {
             "held_kib": self.held,
             "parallel": self.parallel,
             "sleep": self.slept,
+            "network": self.net,
             "geometric_mean": {
                 "tcg_by_strata": self.mean(Row::tcg_by_strata),
                 "strata_by_native": self.mean(Row::strata_by_native),
@@ -148,6 +151,9 @@ impl fmt::Display for Report {
         }
         if let Some(held) = self.held {
             writeln!(f, "host memory beyond the guest's after a boot: {held} KiB")?;
+        }
+        if let Some(net) = self.net {
+            write!(f, "{net}")?;
         }
         Ok(())
     }

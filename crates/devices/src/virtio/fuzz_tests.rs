@@ -96,6 +96,29 @@ impl Serve for Console {
     }
 }
 
+impl Serve for Net {
+    fn serve(device: &mut VirtioPci<Self>, random: &mut Random) -> usize {
+        let mut served = 0;
+        let (net, transport) = device.parts();
+        while let Some(frame) = net.next_frame(transport) {
+            net.sent(transport, frame);
+            served += 1;
+        }
+        transport.rearm(1);
+        let mut held = Buffers::default();
+        net.take_buffers(transport, &mut held);
+        while held.size() > 0 && random.below(4) != 0 {
+            let length = random.below(held.size() + 1) as usize;
+            net.received(transport, &mut held, length);
+            served += 1;
+        }
+        net.give_back(transport, &mut held);
+        transport.rearm(0);
+        net.take_accepts();
+        served
+    }
+}
+
 /// A chain that keeps the rules, mostly one that a device understands.
 fn proper_chain(driver: &mut Driver, queue: usize, random: &mut Random) {
     let message = plausible_message(driver, random);
@@ -231,6 +254,18 @@ fn a_random_driver_does_not_break_console() {
     torment(
         |memory| VirtioPci::new(Console::new(ports.clone()), memory),
         0x5eed_0003,
+    );
+}
+
+#[test]
+fn a_random_driver_does_not_break_net() {
+    let config = NetConfig {
+        mac: [2; 6],
+        mtu: 1500,
+    };
+    torment(
+        |memory| VirtioPci::new(Net::new(config), memory),
+        0x5eed_0005,
     );
 }
 

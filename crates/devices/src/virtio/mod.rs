@@ -5,7 +5,7 @@
 //!                    │              ▲  pop: Chain     events: notified queues,
 //!                    ▼              │  push: Chain    interrupts to send
 //!                D: VirtioDevice ───┘                       │
-//!            (Block, Console, Entropy)                      ▼
+//!            (Block, Console, Entropy, Net)                     ▼
 //!                    ▲ requests, bytes                 the owner's threads
 //!                    └──────────────────────────────────────┘
 //! ```
@@ -20,6 +20,7 @@
 mod block;
 mod console;
 mod entropy;
+mod net;
 mod pci;
 mod queue;
 #[cfg(any(test, feature = "testing"))]
@@ -29,6 +30,7 @@ mod transport;
 pub use block::{Action, Block, BlockConfig, Request, SECTOR_SIZE, SectorRange, Status};
 pub use console::{Console, MAX_PORTS, PortConfig};
 pub use entropy::{Entropy, EntropyRequest};
+pub use net::{Accepts, Buffers, MAX_MESSAGE, Net, NetConfig, OutgoingFrame, net_queue};
 pub use pci::{VirtioPci, bar};
 pub use queue::{Chain, QueueError, Segment};
 pub use transport::{DeviceStatus, Events, Transport, common};

@@ -4,6 +4,7 @@
 //! taken: every buffer lies in guest memory, readable ones come before writable ones, and
 //! the chain ends. After that the guest can no longer change what it describes.
 
+use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -292,6 +293,47 @@ impl Virtqueue {
             .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
             .map_err(|_| QueueError::Misplaced("the available ring", self.driver))?;
         Ok(u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0)
+    }
+
+    /// Gives several chains back at once: the driver sees all of them or none. Returns whether it
+    /// wants an interrupt.
+    pub(super) fn push_all(
+        &mut self,
+        memory: &Ram,
+        chains: &[(Chain, u32)],
+    ) -> Result<bool, QueueError> {
+        let Some(((last, written), before)) = chains.split_last() else {
+            return Ok(false);
+        };
+        let old = Wrapping(self.queue.next_used());
+        let size = self.queue.size();
+        for ((chain, written), index) in before.iter().zip(0_u16..) {
+            // An element is two u32: head and bytes written (virtio 1.2 §2.7.8).
+            let slot = u64::from((old.0.wrapping_add(index)) % size);
+            let at = GuestAddress(self.queue.used_ring() + 4 + 8 * slot);
+            let element = u64::from(chain.head) | u64::from(*written) << 32;
+            memory
+                .write_obj(element.to_le(), at)
+                .map_err(|_| QueueError::Misplaced("the used ring", self.device))?;
+        }
+        let new = old + Wrapping(chains.len() as u16);
+        self.queue.set_next_used((new - Wrapping(1)).0);
+        let wanted = self.push(memory, last, *written)?;
+        if !self.queue.event_idx_enabled() {
+            return Ok(wanted);
+        }
+        // The queue knows of one chain only: the rule for all of them (§2.7.7.2).
+        let at = GuestAddress(self.queue.avail_ring() + 4 + 2 * u64::from(size));
+        let event: u16 = memory
+            .load(at, Ordering::Relaxed)
+            .map_err(|_| QueueError::Misplaced("the available ring", self.driver))?;
+        Ok(new - Wrapping(u16::from_le(event)) - Wrapping(1) < new - old)
+    }
+
+    /// Puts the `count` chains that were taken last back, as if they had not been taken.
+    pub(super) fn unpop(&mut self, count: u16) {
+        let next = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next);
     }
 
     /// Asks to be notified of the next chain. Returns true if there is one already.

@@ -212,6 +212,36 @@ impl Transport {
         }
     }
 
+    /// Gives several chains back to queue `index`, so that the driver sees all of them or none.
+    #[expect(clippy::needless_pass_by_value, reason = "the chains end here")]
+    pub fn push_all(&mut self, index: usize, chains: Vec<(Chain, u32)>) {
+        if !self.running() {
+            return;
+        }
+        let Some(queue) = self.queues.get_mut(index) else {
+            return;
+        };
+        match queue.push_all(self.memory.ram(), &chains) {
+            Ok(true) => {
+                let vector = queue.vector;
+                self.raise(vector, ISR_QUEUE);
+            }
+            Ok(false) => {}
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    /// Puts the chains that were taken last from queue `index` back, as if they had not been
+    /// taken. None may have been taken after them.
+    #[expect(clippy::needless_pass_by_value, reason = "the chains end here")]
+    pub fn unpop(&mut self, index: usize, chains: Vec<Chain>) {
+        if self.running()
+            && let Some(queue) = self.queues.get_mut(index)
+        {
+            queue.unpop(chains.len() as u16);
+        }
+    }
+
     /// Asks the driver to notify when queue `index` gets its next chain. Returns true if
     /// one is there already, so that the caller looks again before it sleeps.
     pub fn rearm(&mut self, index: usize) -> bool {

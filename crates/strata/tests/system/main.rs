@@ -15,6 +15,7 @@ mod host;
 mod kernels;
 mod memory;
 mod multiboot;
+mod network;
 mod programs;
 mod pty;
 mod qcow2;

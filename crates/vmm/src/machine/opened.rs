@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use strata_memory::GuestMemory;
+use strata_net::Joined;
 
 use super::Machine;
 use crate::chipset::{self, Parts};
@@ -29,6 +30,7 @@ pub struct Opened {
     pub(super) memory: GuestMemory,
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) disks: Vec<Disk>,
+    pub(super) networks: Vec<Joined>,
     pub(super) console: SerialConsole,
     pub(super) ports: Vec<ConsolePort>,
     pub(super) debug_exit: Option<u16>,
@@ -52,6 +54,7 @@ impl Opened {
             memory,
             vcpus,
             disks,
+            networks,
             console,
             ports,
             debug_exit,
@@ -62,6 +65,9 @@ impl Opened {
         let mut devices = Devices::new(memory.clone(), sink, layout::pci(), cpus)?;
         for disk in disks {
             devices.add_disk(disk)?;
+        }
+        for joined in networks {
+            devices.add_net(joined)?;
         }
         devices.add_entropy()?;
         if !ports.is_empty() {

@@ -65,6 +65,7 @@ fn config(console: SerialConsole) -> (MachineConfig, NamedTempFile) {
         debug_exit: Some(0xf4),
         disks: Vec::new(),
         console,
+        networks: Vec::new(),
         ports: Vec::new(),
     };
     (config, kernel)

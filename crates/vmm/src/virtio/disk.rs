@@ -71,7 +71,7 @@ impl Disk {
                 buffers,
                 durable: and_durable,
             } => {
-                let slices = slices(memory, buffers, Permissions::Read)?;
+                let slices = slices(memory, buffers.iter().copied(), Permissions::Read)?;
                 image.write(*offset, Buffers::of_guest(&slices))?;
                 durable = *and_durable;
             }
@@ -103,7 +103,7 @@ impl Disk {
         offset: u64,
         buffers: &[Segment],
     ) -> Result<(), strata_disk::Error> {
-        let slices = slices(memory, buffers, Permissions::Write)?;
+        let slices = slices(memory, buffers.iter().copied(), Permissions::Write)?;
         let result = self.image.read(offset, Buffers::of_guest(&slices));
         // also what was read before something failed
         for slice in &slices {
@@ -113,12 +113,16 @@ impl Disk {
     }
 }
 
-type Slices<'a> = Vec<VolatileSlice<'a, strata_memory::CodeTracker>>;
+pub(super) type Slices<'a> = Vec<VolatileSlice<'a, strata_memory::CodeTracker>>;
 
 /// The host's view of `buffers`.
-fn slices<'a>(memory: &'a Ram, buffers: &[Segment], access: Permissions) -> io::Result<Slices<'a>> {
+pub(super) fn slices(
+    memory: &Ram,
+    buffers: impl IntoIterator<Item = Segment>,
+    access: Permissions,
+) -> io::Result<Slices<'_>> {
     let invalid = |e: GuestMemoryError| io::Error::new(ErrorKind::InvalidInput, e);
-    let mut slices = Vec::with_capacity(buffers.len());
+    let mut slices = Vec::new();
     for buffer in buffers {
         let start = GuestAddress(buffer.address);
         let parts = memory

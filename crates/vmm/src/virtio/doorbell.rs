@@ -39,11 +39,16 @@ impl Doorbell {
         }
     }
 
+    /// Whether the worker is to finish.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
     /// Waits for a ring. Returns false when the worker is to finish. To be called by the
     /// attached thread alone.
     pub(super) fn wait(&self) -> bool {
         loop {
-            if self.stopping.load(Ordering::SeqCst) {
+            if self.is_stopping() {
                 return false;
             }
             if self.rung.swap(false, Ordering::SeqCst) {

@@ -16,23 +16,29 @@ mod console;
 mod disk;
 mod doorbell;
 mod entropy;
+mod net;
 mod pipe;
 mod root;
+mod sys;
 
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use strata_devices::pci::{BusFull, PciLayout};
-use strata_devices::virtio::{Block, BlockConfig, Console, Entropy, MAX_PORTS, PortConfig};
+use strata_devices::virtio::{
+    Block, BlockConfig, Console, Entropy, MAX_PORTS, Net, NetConfig, PortConfig,
+};
 use strata_memory::GuestMemory;
 
 use console::{Streams, Writer};
 pub use disk::Disk;
 use doorbell::Doorbell;
+use net::Cable;
 pub use root::PciRoot;
 use root::{Endpoint, Shared};
 pub use strata_disk::OpenError;
+use strata_net::Joined;
 
 pub use crate::config::ConsolePort as Port;
 
@@ -82,6 +88,7 @@ pub struct Devices {
     disks: usize,
     workers: Vec<Worker>,
     writers: Vec<Writer>,
+    cables: Vec<Arc<Cable>>,
 }
 
 impl Devices {
@@ -99,6 +106,7 @@ impl Devices {
             disks: 0,
             workers: Vec::new(),
             writers: Vec::new(),
+            cables: Vec::new(),
         })
     }
 
@@ -139,6 +147,32 @@ impl Devices {
         let shared = Shared::new(Entropy, &self.connect, |_| Arc::clone(&bell));
         let worker = Arc::clone(&shared);
         self.spawn("entropy", &bell, move |bell| entropy::serve(&worker, bell))?;
+        self.plug(shared)
+    }
+
+    /// Adds a network card at the place that `joined` is.
+    pub fn add_net(&mut self, joined: Joined) -> Result<(), Error> {
+        let Joined { socket, addresses } = joined;
+        let memory = self.connect.memory.ram().clone();
+        let cable = Arc::new(Cable::new(socket, memory));
+        let config = NetConfig {
+            mac: addresses.mac.0,
+            mtu: strata_net::MTU,
+        };
+        let bells = [(); 2].map(|()| Arc::<Doorbell>::default());
+        let shared = Shared::new(Net::new(config), &self.connect, |queue| {
+            Arc::clone(&bells[queue])
+        });
+        let [receive, transmit] = &bells;
+        let (card, wire) = (Arc::clone(&shared), Arc::clone(&cable));
+        self.spawn("net-in", receive, move |bell| {
+            net::receive(&card, &wire, bell);
+        })?;
+        let (card, wire) = (Arc::clone(&shared), Arc::clone(&cable));
+        self.spawn("net-out", transmit, move |bell| {
+            net::transmit(&card, &wire, bell);
+        })?;
+        self.cables.push(cable);
         self.plug(shared)
     }
 
@@ -204,6 +238,7 @@ impl Devices {
         for worker in &self.workers {
             worker.bell.stop();
         }
+        self.cables.drain(..).for_each(|cable| cable.cut());
         for worker in self.workers.drain(..) {
             let _ = worker.thread.join();
         }

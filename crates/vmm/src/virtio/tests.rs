@@ -367,3 +367,74 @@ fn too_many_ports_and_devices_are_errors() {
         Err(Error::Bus(BusFull::Slots))
     ));
 }
+
+/// A machine with a network card, and the other end of its cable.
+fn card() -> (Machine, std::os::fd::OwnedFd) {
+    use strata_net::{Addresses, MacAddress};
+    let (socket, other) = strata_net::port_pair().unwrap();
+    rustix::io::ioctl_fionbio(&socket, true).unwrap();
+    let addresses = Addresses {
+        mac: MacAddress([2, 0, 0, 0, 0, 2]),
+        ipv4: [10, 0, 2, 2].into(),
+        ipv6: std::net::Ipv6Addr::LOCALHOST,
+    };
+    let joined = Joined { socket, addresses };
+    let machine = machine(1, |devices| devices.add_net(joined).unwrap());
+    (machine, other)
+}
+
+/// The next message of the machine's.
+fn message(cable: &std::os::fd::OwnedFd) -> Vec<u8> {
+    let mut buffer = vec![0; 70_000];
+    let flags = rustix::net::RecvFlags::empty();
+    let (_, length) = rustix::net::recv(cable, &mut buffer[..], flags).unwrap();
+    buffer.truncate(length);
+    buffer
+}
+
+#[test]
+fn frames_leave_as_one_message_behind_what_the_driver_accepts() {
+    let (mut machine, cable) = card();
+    let header = machine.driver.place(&[0; 12]);
+    let frame = machine.driver.place(&[7; 1000]);
+    let head = machine.driver.offer(1, &[header, frame], &[]);
+    machine.kick(1);
+
+    assert_eq!(message(&cable), [7]);
+    assert_eq!(message(&cable), [[0; 12].as_slice(), &[7; 1000]].concat());
+    assert_eq!(machine.wait(1), [(u32::from(head), 0)]);
+    machine.devices.shutdown();
+}
+
+#[test]
+fn a_frame_waits_for_buffers_and_fills_several() {
+    let (mut machine, cable) = card();
+    let sent: Vec<u8> = (0..2500_u32).map(|i| i as u8).collect();
+    let flags = rustix::net::SendFlags::empty();
+    rustix::net::send(&cable, &sent, flags).unwrap();
+    let buffers: Vec<u64> = (0..3).map(|_| machine.driver.allocate(1000)).collect();
+    for buffer in &buffers {
+        machine.driver.offer(0, &[], &[(*buffer, 1000)]);
+        machine.kick(0);
+    }
+
+    let lengths: Vec<u32> = machine.wait(0).iter().map(|(_, length)| *length).collect();
+
+    assert_eq!(lengths, [1000, 1000, 500]);
+    let last = machine.driver.bytes(buffers[2], 500);
+    assert_eq!(last, sent[2000..]);
+}
+
+#[test]
+fn a_driver_learns_that_its_network_has_gone() {
+    let (machine, cable) = card();
+    drop(cable);
+    let seen = machine.interrupts.seen.lock().unwrap();
+    let changed = &machine.interrupts.changed;
+    let waited = changed.wait_timeout_while(seen, PATIENCE, |seen| !seen.contains(&0));
+    assert!(!waited.unwrap().1.timed_out());
+    let mut status = [0; 2];
+    let mut device = machine.device;
+    device.bar_read(0, bar::DEVICE + 6, &mut status);
+    assert_eq!(status, [0, 0]);
+}

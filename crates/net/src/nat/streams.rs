@@ -1,0 +1,236 @@
+//! TCP connections through the NAT: opening them, and keeping their flows moving.
+
+use std::net::SocketAddr;
+
+use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
+use rustix::net::{SocketType, connect, sockopt};
+
+use super::{Key, MAX_CONNECTIONS, Source, meaning, new_socket};
+use crate::gateway;
+use crate::policy::{Route, route};
+use crate::switch::Switch;
+use crate::tcp::{Flow, Link as _, Outgoing, Path, Segment, Verdict, flag};
+use crate::wire::{Packet, Unreachable, protocol};
+
+impl Switch {
+    /// A TCP segment of a guest's.
+    pub(super) fn take_segment(&mut self, number: u8, packet: &Packet<'_>) {
+        let Some(segment) = Segment::parse(packet.payload) else {
+            return;
+        };
+        let key = Key {
+            port: number,
+            protocol: protocol::TCP,
+            guest: (packet.source, segment.source).into(),
+            remote: (packet.destination, segment.destination).into(),
+        };
+        if let Some(id) = self.nat.keys.get(&key).copied() {
+            let (Some((_, flow)), Some(port)) = (
+                self.nat.connections.get_mut(&id),
+                self.ports.get_mut(&number),
+            ) else {
+                return;
+            };
+            let verdict = flow.take(&segment, port, self.now);
+            self.settle(id, verdict);
+            self.stir(id);
+        } else if segment.has(flag::SYN) && !segment.has(flag::ACK) {
+            self.open(key, packet, &segment);
+        } else if !segment.has(flag::RST) {
+            self.answer_with_reset(&key, &segment);
+        }
+    }
+
+    pub(super) fn path(&self, key: &Key) -> Option<Path> {
+        let port = self.ports.get(&key.port)?;
+        Some(Path {
+            link: gateway::link_to(&port.addresses),
+            guest: key.guest,
+            remote: key.remote,
+            offloads: port.offloads,
+        })
+    }
+
+    fn answer_with_reset(&mut self, key: &Key, segment: &Segment<'_>) {
+        let (Some(path), Some(port)) = (self.path(key), self.ports.get_mut(&key.port)) else {
+            return;
+        };
+        let out = Outgoing::reset_for(segment);
+        // Whoever misses it asks again.
+        let _ = port.send(&path.encode(&out), out.payload);
+    }
+
+    /// A guest wants to connect.
+    fn open(&mut self, key: Key, packet: &Packet<'_>, syn: &Segment<'_>) {
+        let target = match route(&self.config, key.remote) {
+            Route::Host(address) => Some(address),
+            Route::Resolver => self.resolver(),
+            Route::Refused => None,
+            Route::Unreachable(why) => return self.refuse(key.port, packet, why),
+        };
+        let Some(target) = target else {
+            return self.answer_with_reset(&key, syn);
+        };
+        match self.dial(key, target, syn) {
+            Err(Errno::CONNREFUSED) => self.answer_with_reset(&key, syn),
+            // Where there is no room, the guest asks again, and finds some then.
+            Ok(()) | Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::AGAIN) => {}
+            Err(error) => self.refuse(key.port, packet, meaning(error)),
+        }
+    }
+
+    fn dial(&mut self, key: Key, target: SocketAddr, syn: &Segment<'_>) -> Result<(), Errno> {
+        let (Some(path), Some(port)) = (self.path(&key), self.ports.get(&key.port)) else {
+            return Ok(());
+        };
+        if port.connections >= MAX_CONNECTIONS {
+            return Err(Errno::AGAIN);
+        }
+        let socket = new_socket(target, SocketType::STREAM, None)?;
+        let _ = sockopt::set_tcp_nodelay(&socket, true);
+        match connect(&socket, &target) {
+            Ok(()) | Err(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        let flow = Flow::connecting(path, socket, syn, initial_sequence(), self.now);
+        self.insert(key, flow);
+        Ok(())
+    }
+
+    /// Takes a connection into the tables.
+    pub(super) fn insert(&mut self, key: Key, flow: Flow) -> Option<u64> {
+        let id = self.nat.next();
+        if !self.watch(flow.socket(), Source::Connection, id) {
+            return None;
+        }
+        if let Some(port) = self.ports.get_mut(&key.port) {
+            port.connections += 1;
+        }
+        self.nat.keys.insert(key, id);
+        self.nat.connections.insert(id, (key, flow));
+        Some(id)
+    }
+
+    pub(super) fn stir(&mut self, id: u64) {
+        if self.nat.stirred.last() != Some(&id) {
+            self.nat.stirred.push(id);
+        }
+    }
+
+    /// Carries out what is to become of a connection.
+    pub(super) fn settle(&mut self, id: u64, verdict: Verdict) {
+        match verdict {
+            Verdict::Keep => {}
+            Verdict::Blocked => {
+                let port = self.nat.connections.get(&id).map(|(key, _)| key.port);
+                if let Some(port) = port.and_then(|number| self.ports.get_mut(&number)) {
+                    port.blocked = true;
+                    if !port.waiting.contains(&id) {
+                        port.waiting.push(id);
+                    }
+                }
+            }
+            Verdict::Remove => {
+                let Some((key, _)) = self.nat.connections.remove(&id) else {
+                    return;
+                };
+                self.nat.keys.remove(&key);
+                if let Some(port) = self.ports.get_mut(&key.port) {
+                    port.connections -= 1;
+                }
+            }
+        }
+    }
+
+    /// Something has happened to a connection's socket.
+    pub(crate) fn connection_ready(&mut self, id: u64, flags: EventFlags) {
+        let Some((_, flow)) = self.nat.connections.get_mut(&id) else {
+            return;
+        };
+        let over = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+        let readable = over || flags.intersects(EventFlags::IN | EventFlags::RDHUP);
+        let writable = over || flags.intersects(EventFlags::OUT);
+        flow.ready(readable, writable);
+        if flow.is_connecting() && writable {
+            self.connected(id);
+        }
+        self.stir(id);
+    }
+
+    /// The host's side is connected, or cannot be.
+    fn connected(&mut self, id: u64) {
+        let Some((key, flow)) = self.nat.connections.get_mut(&id) else {
+            return;
+        };
+        let key = *key;
+        let Some(port) = self.ports.get_mut(&key.port) else {
+            return;
+        };
+        match sockopt::socket_error(flow.socket()) {
+            Ok(Ok(())) => {
+                let verdict = flow.connected(port, self.now);
+                self.settle(id, verdict);
+            }
+            Ok(Err(Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::TIMEDOUT)) => {
+                // The SYN as it was: ports and sequence number are what its sender looks at.
+                let mut start = flow.syn_start();
+                start.resize(20, 0);
+                self.refuse_later(&key, &start, Unreachable::Host);
+                self.settle(id, Verdict::Remove);
+            }
+            Ok(Err(_)) | Err(_) => {
+                flow.reset(port);
+                self.settle(id, Verdict::Remove);
+            }
+        }
+    }
+
+    /// Lets all connections go on that something has happened to.
+    pub(crate) fn pump(&mut self) {
+        for id in std::mem::take(&mut self.nat.stirred) {
+            let Some((key, flow)) = self.nat.connections.get_mut(&id) else {
+                continue;
+            };
+            let Some(port) = self.ports.get_mut(&key.port) else {
+                continue;
+            };
+            let verdict = flow.pump(port, self.now);
+            self.settle(id, verdict);
+        }
+    }
+
+    /// A port's socket has room again.
+    pub(crate) fn port_writable(&mut self, number: u8) {
+        let Some(port) = self.ports.get_mut(&number) else {
+            return;
+        };
+        for id in port.flush() {
+            self.stir(id);
+        }
+    }
+
+    /// Looks at all connections whose guest should have answered.
+    pub(crate) fn tick_connections(&mut self) {
+        let ids: Vec<u64> = self.nat.connections.keys().copied().collect();
+        for id in ids {
+            let Some((key, flow)) = self.nat.connections.get_mut(&id) else {
+                continue;
+            };
+            // A guest that does not take frames has not lost any.
+            let Some(port) = self.ports.get_mut(&key.port).filter(|port| !port.blocked) else {
+                continue;
+            };
+            let verdict = flow.tick(port, self.now);
+            self.settle(id, verdict);
+        }
+    }
+}
+
+/// Where a connection's sequence numbers begin: anywhere (RFC 6528).
+pub(super) fn initial_sequence() -> u32 {
+    let mut bytes = [0; 4];
+    // Without random numbers the kernel is too young to have started this process.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    u32::from_ne_bytes(bytes)
+}

@@ -1,0 +1,225 @@
+//! The networks of machines: starting the switch of one, which is a process of its own, and
+//! getting a machine's place on it before the machine's process locks itself up.
+//!
+//! ```text
+//!   strata run ── socket pair ──► strata network-switch          a network of the machine's own
+//!   strata run ── NAME.sock ────► strata network-switch ◄── ...  one that several share
+//! ```
+//!
+//! Who is first on a named network starts its switch, with NAME.lock held, so that there is one;
+//! the switch ends when its last machine has gone and nobody holds the lock to come in.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+use strata_net::{Config, Hello, JoinError, Joined, Switch};
+use strata_sandbox::Role;
+
+use crate::cli::{RunArgs, SwitchArgs};
+use crate::exit::End;
+use crate::report;
+use crate::sandbox;
+use crate::units::{Network, Wire};
+
+/// Name of the hidden subcommand.
+pub(crate) const SUBCOMMAND: &str = "network-switch";
+/// The host's list of name servers.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// Machines that may be about to come in.
+const BACKLOG: i32 = 64;
+
+/// Why a machine has no network.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    /// The network does not take it.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// The host does not give what a network needs.
+    #[error("cannot {action}")]
+    Host {
+        /// To be read after "cannot".
+        action: String,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+impl Fault {
+    fn host<E: Into<io::Error>>(action: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let action = action.into();
+        move |source| Self::Host {
+            action,
+            source: source.into(),
+        }
+    }
+}
+
+/// Gets the machine's place on the network that it is to have; `None` if it is to have none.
+pub(crate) fn join(args: &RunArgs) -> Result<Option<Joined>, Fault> {
+    let network = args.network();
+    let hello = Hello {
+        name: args.name.clone(),
+        forwards: args.forwards.clone(),
+    };
+    let joined = match &network.wire {
+        Wire::None => return Ok(None),
+        Wire::User => {
+            let (theirs, ours) = strata_net::port_pair().map_err(Fault::host("make a socket"))?;
+            start_switch(args, &network, theirs.into(), None)?;
+            strata_net::join(ours, &hello)?
+        }
+        Wire::Named(name) => join_named(args, &network, name, &hello)?,
+    };
+    tracing::info!(
+        "network: {} {}",
+        joined.addresses.ipv4,
+        joined.addresses.mac
+    );
+    Ok(Some(joined))
+}
+
+fn start_switch(
+    args: &RunArgs,
+    network: &Network,
+    socket: Stdio,
+    lock: Option<File>,
+) -> Result<(), Fault> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(SUBCOMMAND);
+    command.args(network.host.then_some("--host"));
+    command.args(network.isolated.then_some("--isolated"));
+    command.args(["--sandbox", args.sandbox.name()]);
+    // Of its own group, since what the terminal sends is for the machine.
+    command.process_group(0).stdin(socket);
+    if let Some(lock) = lock {
+        // It outlives this process, and must not keep its streams open.
+        command.arg("--door").stdout(lock).stderr(Stdio::null());
+    } else {
+        command.stdout(Stdio::null());
+    }
+    command
+        .spawn()
+        .map_err(Fault::host("start the network's switch"))?;
+    Ok(())
+}
+
+fn join_named(
+    args: &RunArgs,
+    network: &Network,
+    name: &str,
+    hello: &Hello,
+) -> Result<Joined, Fault> {
+    let directory = runtime_directory()?;
+    let path = directory.join(format!("{name}.sock"));
+    let lock_path = directory.join(format!("{name}.lock"));
+    let open_lock = || {
+        let mut options = OpenOptions::new();
+        let options = options.create(true).truncate(false).write(true).mode(0o600);
+        let action = format!("open '{}'", lock_path.display());
+        options.open(&lock_path).map_err(Fault::host(action))
+    };
+    let lock = open_lock()?;
+    lock.lock()
+        .map_err(Fault::host(format!("lock '{}'", lock_path.display())))?;
+    let socket = match connect_to(&path) {
+        Ok(socket) => socket,
+        // There is none, or what the last one left.
+        Err(Errno::NOENT | Errno::CONNREFUSED) => {
+            let action = || format!("make the network's socket '{}'", path.display());
+            let listener = listen_at(&path).map_err(Fault::host(action()))?;
+            // A lock of its own: one that is handed down would be held by us too.
+            start_switch(args, network, listener.into(), Some(open_lock()?))?;
+            connect_to(&path).map_err(Fault::host(action()))?
+        }
+        Err(error) => {
+            let action = format!("reach the network's switch at '{}'", path.display());
+            return Err(Fault::host(action)(error));
+        }
+    };
+    // The lock is held until the switch has answered: it does not end before.
+    Ok(strata_net::join(socket, hello)?)
+}
+
+fn unix_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC;
+    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+}
+
+fn connect_to(path: &Path) -> Result<OwnedFd, Errno> {
+    let socket = unix_socket()?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+fn listen_at(path: &Path) -> Result<OwnedFd, Errno> {
+    let _ = fs::remove_file(path);
+    let socket = unix_socket()?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+/// The user's own directory for sockets: in XDG_RUNTIME_DIR, or one in /tmp that nobody else can
+/// have made.
+fn runtime_directory() -> Result<PathBuf, Fault> {
+    let user = rustix::process::geteuid().as_raw();
+    let path = match std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty()) {
+        Some(directory) => Path::new(&directory).join("strata"),
+        None => std::env::temp_dir().join(format!("strata-{user}")),
+    };
+    let failed = || format!("use the directory '{}' for sockets", path.display());
+    match DirBuilder::new().mode(0o700).create(&path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+            return Err(Fault::host(failed())(error));
+        }
+        _ => {}
+    }
+    let metadata = fs::symlink_metadata(&path).map_err(Fault::host(failed()))?;
+    if !metadata.is_dir() || metadata.uid() != user || metadata.mode() & 0o077 != 0 {
+        let error = io::Error::new(ErrorKind::PermissionDenied, "others can write to it");
+        return Err(Fault::host(failed())(error));
+    }
+    Ok(path)
+}
+
+/// What the hidden subcommand does: serves a network until its last machine has gone. Standard
+/// input is the socket of its only machine; or with `--door`, where machines come in, and
+/// standard output is the lock.
+pub(crate) fn switch(args: &SwitchArgs) -> End {
+    match serve(args) {
+        Ok(()) => End::Done,
+        Err(error) => {
+            report::say_error(error.as_ref());
+            End::NotStarted
+        }
+    }
+}
+
+fn serve(args: &SwitchArgs) -> Result<(), Box<dyn std::error::Error>> {
+    let text = fs::read_to_string(RESOLV_CONF).unwrap_or_default();
+    let mut switch = Switch::new(Config {
+        host: args.host,
+        isolated: args.isolated,
+        resolvers: Config::resolvers_of(&text),
+        ipv6: false,
+    })?;
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    if args.door {
+        switch.open_door(socket, io::stdout().as_fd().try_clone_to_owned()?)?;
+    } else {
+        // Ports of the host that only root may use are opened while there is a root.
+        switch.add_first_port(socket)?;
+    }
+    sandbox::lock_up(args.sandbox, Role::Network)?;
+    switch.run()?;
+    Ok(())
+}
