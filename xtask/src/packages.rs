@@ -39,6 +39,10 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         package: "e2fsprogs",
     },
     Program {
+        name: "fsck.erofs",
+        package: "erofs-utils",
+    },
+    Program {
         name: "setpriv",
         package: "util-linux",
     },
