@@ -9,6 +9,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::exit;
+use crate::image::ImageArgs;
 use crate::units::{self, Disk, Module};
 
 const RUN_KEYS: &str = "\
@@ -35,6 +36,8 @@ pub(crate) enum Command {
     /// with -- CMD the command runs in the guest instead, with this process's standard input,
     /// output and error, and its exit status.
     Run(RunArgs),
+    /// Fetch, list and remove container images
+    Image(ImageArgs),
     /// Tell what this host can do, and which accelerator would be used and why
     Doctor(DoctorArgs),
     /// Give the terminal back if the process that started this one dies
@@ -50,8 +53,9 @@ pub(crate) enum Command {
     },
     /// Print a manual page in roff, for man(1)
     Man {
-        /// The subcommand whose page to print; the page of strata itself without one
-        subcommand: Option<String>,
+        /// The subcommand whose page to print, such as run or image pull; the page of strata itself
+        /// without one
+        subcommand: Vec<String>,
     },
 }
 

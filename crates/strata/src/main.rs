@@ -9,8 +9,10 @@ mod console;
 mod doctor;
 mod exit;
 mod guard;
+mod image;
 mod keys;
 mod manual;
+mod progress;
 mod report;
 mod run;
 mod sandbox;
@@ -52,9 +54,10 @@ fn main() -> ExitCode {
             Err(_) => End::NotStarted,
         },
         Command::SandboxProbe => sandbox::answer_probe(),
+        Command::Image(args) => image::image(&args),
         Command::Doctor(args) => doctor::doctor(args.output),
         Command::Completions { shell } => print(&manual::completions(shell)),
-        Command::Man { subcommand } => match manual::page(subcommand.as_deref()) {
+        Command::Man { subcommand } => match manual::page(&subcommand) {
             Ok(page) => print(&page),
             Err(error) => error.exit(),
         },
