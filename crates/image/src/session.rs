@@ -33,6 +33,25 @@ pub struct Session {
     pub term: Option<OsString>,
     /// Rows and columns of the terminal.
     pub size: Option<(u16, u16)>,
+    /// What the command runs in, if not in the appliance itself.
+    pub container: Option<Container>,
+}
+
+/// The file system of a container image, and how its command starts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Container {
+    /// Which of the machine's disks is the lowest layer, counted from 0. The others follow.
+    pub first_disk: usize,
+    /// How many layers there are.
+    pub layers: usize,
+    /// `NAME=value`, each.
+    pub environment: Vec<String>,
+    /// A user's name or number, and after a colon a group's; root where empty.
+    pub user: String,
+    /// Where the command starts; the root where empty.
+    pub directory: String,
+    /// Whether the command is on the console, rather than on the ports.
+    pub on_console: bool,
 }
 
 impl Session {
@@ -61,9 +80,35 @@ impl Session {
         if let Some((rows, columns)) = self.size {
             script.extend_from_slice(format!("rows={rows} columns={columns}\n").as_bytes());
         }
-        if !self.command.is_empty() {
-            script.extend_from_slice(b"mode=command\nset --");
-            for word in &self.command {
+        let mut words = self.command.clone();
+        if let Some(container) = &self.container {
+            let Container {
+                first_disk,
+                layers,
+                environment,
+                user,
+                directory,
+                ..
+            } = container;
+            let directory = if directory.is_empty() { "/" } else { directory };
+            let numbers = format!(
+                "layers={layers} first_disk={first_disk} environment={}",
+                environment.len()
+            );
+            script.extend_from_slice(numbers.as_bytes());
+            script.extend_from_slice(b" user=");
+            script.extend(quoted(user.as_ref()));
+            script.extend_from_slice(b" directory=");
+            script.extend(quoted(directory.as_ref()));
+            script.push(b'\n');
+            words.splice(0..0, environment.iter().map(OsString::from));
+        }
+        if !words.is_empty() {
+            if !self.container.as_ref().is_some_and(|c| c.on_console) {
+                script.extend_from_slice(b"mode=command\n");
+            }
+            script.extend_from_slice(b"set --");
+            for word in &words {
                 script.push(b' ');
                 script.extend(quoted(word));
             }
@@ -138,6 +183,25 @@ mod tests {
         };
         let text = String::from_utf8(session.script()).unwrap();
         assert_eq!(text, "export TERM='xterm'\nrows=50 columns=132\n");
+    }
+
+    #[test]
+    fn a_container_has_its_environment_before_its_command() {
+        let session = Session {
+            command: vec!["cat".into(), "it's".into()],
+            container: Some(Container {
+                first_disk: 2,
+                layers: 3,
+                environment: vec!["A=x y".into()],
+                user: "me:us".into(),
+                ..Container::default()
+            }),
+            ..Session::default()
+        };
+        let text = String::from_utf8(session.script()).unwrap();
+        let expected = "layers=3 first_disk=2 environment=1 user='me:us' directory='/'\n\
+            mode=command\nset -- 'A=x y' 'cat' 'it'\\''s'\n";
+        assert_eq!(text, expected);
     }
 
     #[test]

@@ -80,6 +80,11 @@ pub(crate) struct RunArgs {
           value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
     pub(crate) disks: Vec<Disk>,
 
+    /// Container image to run the command in, one that 'strata image pull' has fetched. Without
+    /// -- CMD it is the image's own; with it, CMD stands in place of the image's arguments
+    #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
+    pub(crate) image: Option<String>,
+
     /// Kernel to boot instead of the default appliance: Linux, a bzImage or an ELF vmlinux, or a
     /// Multiboot kernel
     #[arg(long, value_name = "FILE")]
@@ -242,7 +247,8 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 13] = [
+        let wrong: [&[&str]; 14] = [
+            &["--image", "i", "--kernel", "k"],
             &["--memory", "512"],
             &["--cpus", "0"],
             &["--cpus", "17"],

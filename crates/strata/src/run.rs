@@ -1,10 +1,12 @@
 //! `strata run`: from arguments to a machine, and from its end to an exit status.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
-use strata_image::{GREETING, Session};
+use strata_image::oci::{self, Lease, Store};
+use strata_image::{Container, GREETING, Session};
 use strata_vmm::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
     SerialConsole,
@@ -38,6 +40,14 @@ pub(crate) enum Fault {
     /// The default appliance cannot be had.
     #[error("the default appliance cannot be built")]
     Appliance(#[source] strata_image::Error),
+
+    /// The container image cannot be run.
+    #[error(transparent)]
+    Image(#[from] oci::Error),
+
+    /// The container image does not say what to run.
+    #[error("the image '{0}' has no command of its own")]
+    NoCommand(String),
 
     /// The machine refuses its configuration.
     #[error(transparent)]
@@ -76,6 +86,8 @@ impl Fault {
                  --initrd FILE (an initramfs); or copy ~/.cache/strata from a host where \
                  'strata run' has built the appliance",
             ),
+            Self::Image(error) => error.advice(),
+            Self::NoCommand(_) => Some("give one after --, such as -- /bin/sh"),
             Self::Sandbox(sandbox::Fault::Incomplete(_)) => Some(
                 "use --sandbox auto to run with the layers that there are; 'strata doctor' lists \
                  them",
@@ -88,7 +100,10 @@ impl Fault {
 /// Runs a machine to its end.
 pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     strata_vmm::give_back_large_blocks();
-    let boot = Boot::prepare(args, verbose)?;
+    // An image has a command of its own, which talks to people on the console.
+    let wants_command =
+        !args.command.is_empty() || (args.image.is_some() && !io::stdin().is_terminal());
+    let boot = Boot::prepare(args, verbose, !wants_command)?;
     let supervisor = Supervisor::new();
     let log = args.console_log.as_deref().map(|path| {
         File::create(path).map_err(Fault::host(format!(
@@ -96,7 +111,6 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
             path.display()
         )))
     });
-    let wants_command = !args.command.is_empty();
     let show = match (wants_command, verbose) {
         (false, _) => Show::Stdout,
         (true, true) => Show::Stderr,
@@ -121,7 +135,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         modules: modules(args),
         command_line: boot.command_line,
         debug_exit: args.debug_exit,
-        disks: disks(args),
+        disks: boot.disks,
         console: SerialConsole {
             output: Box::new(output),
             input: None,
@@ -144,6 +158,8 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     }
 
     let opened = Machine::open(config).map_err(Fault::Machine)?;
+    // From here on the machine's own locks keep the layers.
+    drop(boot.lease);
     let signals = supervisor
         .catch_signals(on_terminal)
         .map_err(Fault::host("watch for signals"))?;
@@ -184,6 +200,21 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     .tell())
 }
 
+/// What runs in an image: its entry point, with its own arguments or those that were given.
+fn words(image: &oci::Image, given: &[OsString]) -> Vec<OsString> {
+    let config = image.config.config().clone().unwrap_or_default();
+    let own = |words: &Option<Vec<String>>| -> Vec<OsString> {
+        words.iter().flatten().map(OsString::from).collect()
+    };
+    let mut words = own(config.entrypoint());
+    if given.is_empty() {
+        words.extend(own(config.cmd()));
+    } else {
+        words.extend_from_slice(given);
+    }
+    words
+}
+
 fn disks(args: &RunArgs) -> Vec<DiskConfig> {
     args.disks
         .iter()
@@ -212,21 +243,53 @@ struct Boot {
     command_line: Option<String>,
     /// What the guest says when it is ready for input; empty where nothing is known of it.
     greeting: &'static str,
+    disks: Vec<DiskConfig>,
+    /// Keeps the layers of the image among the disks.
+    lease: Option<Lease>,
 }
 
 impl Boot {
-    fn prepare(args: &RunArgs, verbose: bool) -> Result<Self, Fault> {
+    fn prepare(args: &RunArgs, verbose: bool, on_console: bool) -> Result<Self, Fault> {
+        let mut disks = disks(args);
         if let Some(kernel) = &args.kernel {
             return Ok(Self {
                 kernel: kernel.clone(),
                 initrd: args.initrd.iter().cloned().map(InitrdPart::File).collect(),
                 command_line: args.append.clone(),
                 greeting: "",
+                disks,
+                lease: None,
             });
+        }
+        let mut container = None;
+        let mut command = args.command.clone();
+        let mut lease = None;
+        if let Some(name) = &args.image {
+            let store = Store::of_user()?;
+            lease = Some(store.lease()?);
+            let image = store.find(name)?;
+            command = words(&image, &args.command);
+            if command.is_empty() {
+                return Err(Fault::NoCommand(name.clone()));
+            }
+            let config = image.config.config().clone().unwrap_or_default();
+            container = Some(Container {
+                first_disk: disks.len(),
+                layers: image.layers.len(),
+                environment: config.env().clone().unwrap_or_default(),
+                user: config.user().clone().unwrap_or_default(),
+                directory: config.working_dir().clone().unwrap_or_default(),
+                on_console,
+            });
+            disks.extend(image.layers.into_iter().map(|layer| DiskConfig {
+                path: layer.path,
+                read_only: true,
+            }));
         }
         let appliance = appliance::get().map_err(Fault::Appliance)?;
         let session = Session {
-            command: args.command.clone(),
+            command,
+            container,
             term: std::env::var_os("TERM").filter(|_| io::stdout().is_terminal()),
             size: terminal::size(),
         };
@@ -246,6 +309,8 @@ impl Boot {
             ],
             command_line: Some(command_line),
             greeting: GREETING,
+            disks,
+            lease,
         })
     }
 }

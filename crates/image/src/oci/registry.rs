@@ -43,7 +43,7 @@ pub(crate) struct Registry {
 impl Registry {
     pub(crate) fn open(name: &Name) -> Result<Self, Error> {
         let reference = name.reference();
-        let client = Client::new(reference)?;
+        let client = Client::new(reference);
         let wanted = match (reference.digest(), reference.tag()) {
             (Some(digest), _) => digest.to_owned(),
             (None, tag) => tag.unwrap_or("latest").to_owned(),
@@ -114,7 +114,7 @@ struct Client {
 }
 
 impl Client {
-    fn new(reference: &Reference) -> Result<Self, Error> {
+    fn new(reference: &Reference) -> Self {
         let host = reference.registry();
         let address = if host == "docker.io" {
             DOCKER_HUB
@@ -133,13 +133,13 @@ impl Client {
             .into();
         let scheme = scheme(&agent, address);
         let repository = reference.repository().to_owned();
-        Ok(Self {
+        Self {
             agent,
             host: host.to_owned(),
             base: format!("{scheme}://{address}/v2/{repository}/"),
             repository,
             authorization: Mutex::new(None),
-        })
+        }
     }
 
     /// A manifest or configuration.
@@ -236,7 +236,12 @@ impl Client {
                 let parameters = parameters_of(parameters);
                 let value = |name: &str| parameters.iter().find(|(key, _)| key == name);
                 let realm = value("realm").ok_or_else(|| denied("its challenge has no realm"))?;
-                self.token(&realm.1, value("service").map(|s| &*s.1), credentials, what)
+                self.token(
+                    &realm.1,
+                    value("service").map(|s| &*s.1),
+                    credentials.as_ref(),
+                    what,
+                )
             }
             _ => Err(denied("it asks in a way that is not understood")),
         }
@@ -247,7 +252,7 @@ impl Client {
         &self,
         realm: &str,
         service: Option<&str>,
-        credentials: Option<Credentials>,
+        credentials: Option<&Credentials>,
         what: &str,
     ) -> Result<String, Error> {
         #[derive(Deserialize)]
@@ -258,7 +263,7 @@ impl Client {
         let scope = format!("repository:{}:pull", self.repository);
         let mut query = vec![("scope", scope.as_str())];
         query.extend(service.map(|service| ("service", service)));
-        let sent = match &credentials {
+        let sent = match credentials {
             Some(Credentials::Token(token)) => {
                 query.extend([
                     ("grant_type", "refresh_token"),

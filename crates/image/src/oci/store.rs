@@ -131,7 +131,7 @@ impl Store {
     /// The image of this name, or whose ID begins with it. Hold a [`Lease`] while you use it.
     pub fn find(&self, text: &str) -> Result<Image, Error> {
         if let Ok(name) = text.parse::<Name>()
-            && let Some(record) = self.record(&self.name_path(&name))?
+            && let Some(record) = Self::record(&self.name_path(&name))?
         {
             return self.image_of(&record);
         }
@@ -270,12 +270,12 @@ impl Store {
         let mut records = Vec::new();
         for path in self.files("names")? {
             // one may be removed meanwhile
-            records.extend(self.record(&path)?);
+            records.extend(Self::record(&path)?);
         }
         Ok(records)
     }
 
-    fn record(&self, path: &Path) -> Result<Option<Record>, Error> {
+    fn record(path: &Path) -> Result<Option<Record>, Error> {
         let text = match fs::read(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
