@@ -43,6 +43,14 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         package: "erofs-utils",
     },
     Program {
+        name: "skopeo",
+        package: "skopeo",
+    },
+    Program {
+        name: "docker-registry",
+        package: "docker-registry",
+    },
+    Program {
         name: "setpriv",
         package: "util-linux",
     },
