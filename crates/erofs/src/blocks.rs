@@ -92,7 +92,11 @@ impl<'a> Blocks<'a> {
     }
 
     /// Stores a file of `size` bytes.
-    pub(crate) fn store(&mut self, tar: &mut Reader<impl Read>, size: u64) -> Result<Data, Error> {
+    pub(crate) fn store(
+        &mut self,
+        tar: &mut Reader<'_, impl Read>,
+        size: u64,
+    ) -> Result<Data, Error> {
         let block = self.block()?;
         let tail = size % BLOCK;
         if tail == 0 || tail > MAX_TAIL {
@@ -115,7 +119,7 @@ impl<'a> Blocks<'a> {
     /// Stores a sparse file of which the tar has `stored` bytes.
     pub(crate) fn store_sparse(
         &mut self,
-        tar: &mut Reader<impl Read>,
+        tar: &mut Reader<'_, impl Read>,
         sparse: &Sparse,
         stored: u64,
         path: &[u8],
@@ -172,12 +176,13 @@ impl<'a> Blocks<'a> {
         self.skip_to(blob_at + length)
     }
 
-    fn copy(&mut self, tar: &mut Reader<impl Read>, mut count: u64) -> Result<(), Error> {
+    fn copy(&mut self, tar: &mut Reader<'_, impl Read>, mut count: u64) -> Result<(), Error> {
         while count > 0 {
             let used = self.buffer.len();
             let now = count.min((BUFFER - used) as u64) as usize;
             self.buffer.resize(used + now, 0);
-            tar.read_content(&mut self.buffer[used..])?;
+            let at = self.start + used as u64;
+            tar.read_stored(&mut self.buffer[used..], at)?;
             count -= now as u64;
             self.flush_if_full()?;
         }

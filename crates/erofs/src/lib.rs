@@ -24,17 +24,20 @@ mod blocks;
 mod error;
 mod format;
 mod metadata;
+mod record;
 mod tar;
 mod tree;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 
 use tar_core::EntryType;
 
 use crate::blocks::Blocks;
 pub use crate::error::Error;
 use crate::format::BLOCK;
+use crate::record::Recorder;
+pub use crate::record::Replay;
 use crate::tar::{Entry, Reader};
 use crate::tree::{Content, Inode, Tree};
 
@@ -55,18 +58,32 @@ pub struct Summary {
 }
 
 impl<'a> Layer<'a> {
-    /// Reads a layer up to the end marker of its tar, and writes the contents of its files to
-    /// `blob`, which must be empty and open for reading and writing.
+    /// Reads a layer to its end, and writes the contents of its files to `blob`, which must be
+    /// empty and open for reading and writing.
     pub fn read(tar: impl Read, blob: &'a File) -> Result<Self, Error> {
+        Self::read_into(tar, blob, Recorder(None))
+    }
+
+    /// The same, with a record by which [`Replay`] gives the tar back.
+    pub fn read_recorded(
+        tar: impl Read,
+        blob: &'a File,
+        record: &mut dyn Write,
+    ) -> Result<Self, Error> {
+        Self::read_into(tar, blob, Recorder(Some(record)))
+    }
+
+    fn read_into(tar: impl Read, blob: &'a File, record: Recorder<'_>) -> Result<Self, Error> {
         let mut layer = Self {
             // the first block is the superblock's
             blocks: Blocks::new(blob, BLOCK),
             tree: Tree::new(),
         };
-        let mut tar = Reader::new(tar);
+        let mut tar = Reader::new(tar, record);
         while let Some(entry) = tar.next_entry()? {
             layer.add(entry, &mut tar)?;
         }
+        tar.finish()?;
         Ok(layer)
     }
 
@@ -75,7 +92,7 @@ impl<'a> Layer<'a> {
         metadata::write(&self.tree, self.blocks, uuid)
     }
 
-    fn add(&mut self, entry: Entry, tar: &mut Reader<impl Read>) -> Result<(), Error> {
+    fn add(&mut self, entry: Entry, tar: &mut Reader<'_, impl Read>) -> Result<(), Error> {
         let size = entry.content_size();
         let path = entry.path.clone();
         let bad = |reason| Error::bad_entry(&path, reason);

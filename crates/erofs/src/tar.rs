@@ -13,6 +13,7 @@ use tar_core::parse::{Limits, ParseEvent, ParsedEntry, Parser};
 
 use crate::error::Error;
 use crate::format::{Xattr, xattr_name};
+use crate::record::Recorder;
 
 /// Size of headers, and what contents are padded to, bytes.
 const RECORD: usize = 512;
@@ -96,21 +97,23 @@ impl Sparse {
 }
 
 /// Reads entries and, after each, its contents.
-pub(crate) struct Reader<R> {
+pub(crate) struct Reader<'a, R> {
     input: R,
+    record: Recorder<'a>,
     parser: Parser,
     /// What was read of the input, used up to `used`.
     buffer: Vec<u8>,
     used: usize,
 }
 
-impl<R: Read> Reader<R> {
-    pub(crate) fn new(input: R) -> Self {
+impl<'a, R: Read> Reader<'a, R> {
+    pub(crate) fn new(input: R, record: Recorder<'a>) -> Self {
         let mut parser = Parser::new(LIMITS);
         // Times before 1970 are errors to it; the numbers that matter are checked here.
         parser.set_ignore_pax_errors(true);
         Self {
             input,
+            record,
             parser,
             buffer: Vec::new(),
             used: 0,
@@ -128,7 +131,7 @@ impl<R: Read> Reader<R> {
                 ParseEvent::NeedData { min_bytes } => min_bytes.max(self.rest().len() + 1),
                 ParseEvent::Entry { consumed, entry } => {
                     let entry = owned(&entry, None)?;
-                    self.used += consumed;
+                    self.consume(consumed)?;
                     return Ok(Some(entry));
                 }
                 ParseEvent::SparseEntry {
@@ -142,12 +145,12 @@ impl<R: Read> Reader<R> {
                         parts: sparse_map,
                     };
                     let entry = owned(&entry, Some(sparse))?;
-                    self.used += consumed;
+                    self.consume(consumed)?;
                     return Ok(Some(entry));
                 }
                 // Defaults for all entries; no tool that makes layers relies on them.
                 ParseEvent::GlobalExtensions { consumed, .. } => {
-                    self.used += consumed;
+                    self.consume(consumed)?;
                     continue;
                 }
                 ParseEvent::End { .. } => return Ok(None),
@@ -182,6 +185,26 @@ impl<R: Read> Reader<R> {
         Ok(self.buffer.len() >= wanted)
     }
 
+    /// Uses `count` bytes of the buffer.
+    fn consume(&mut self, count: usize) -> Result<(), Error> {
+        let end = self.used + count;
+        self.record.bytes(&self.buffer[self.used..end])?;
+        self.used = end;
+        Ok(())
+    }
+
+    /// Reads what is after the end marker, which belongs to the tar as well.
+    pub(crate) fn finish(&mut self) -> Result<(), Error> {
+        self.consume(self.buffer.len() - self.used)?;
+        let mut padding = [0; 1 << 13];
+        loop {
+            match self.input.read(&mut padding).map_err(Error::Read)? {
+                0 => return Ok(()),
+                count => self.record.bytes(&padding[..count])?,
+            }
+        }
+    }
+
     /// What was read and not used.
     fn rest(&self) -> &[u8] {
         &self.buffer[self.used..]
@@ -189,6 +212,17 @@ impl<R: Read> Reader<R> {
 
     /// Fills `out` with contents of the current entry.
     pub(crate) fn read_content(&mut self, out: &mut [u8]) -> Result<(), Error> {
+        self.read_next(out)?;
+        self.record.bytes(out)
+    }
+
+    /// Fills `out` with contents of the current entry, which go to `at` in the blob.
+    pub(crate) fn read_stored(&mut self, out: &mut [u8], at: u64) -> Result<(), Error> {
+        self.read_next(out)?;
+        self.record.stored(at, out.len() as u64)
+    }
+
+    fn read_next(&mut self, out: &mut [u8]) -> Result<(), Error> {
         let buffered = out.len().min(self.rest().len());
         let (first, rest) = out.split_at_mut(buffered);
         first.copy_from_slice(&self.rest()[..buffered]);

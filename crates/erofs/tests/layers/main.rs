@@ -7,11 +7,11 @@ mod reader;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Command;
 
-use strata_erofs::{Error, Layer};
+use strata_erofs::{Error, Layer, Replay};
 use tar::{Builder, EntryType, Header};
 use tempfile::NamedTempFile;
 
@@ -79,15 +79,22 @@ impl Tar {
     }
 }
 
-/// The image of a tar, which `fsck.erofs` finds to be sound.
+/// The image of a tar, which `fsck.erofs` finds to be sound, and from which the tar can be had
+/// back.
 pub(crate) fn image(tar: &[u8]) -> Result<NamedTempFile, Error> {
     let image = NamedTempFile::new().unwrap();
-    let summary = Layer::read(tar, image.as_file())?.finish(UUID)?;
+    let mut record = Vec::new();
+    let layer = Layer::read_recorded(tar, image.as_file(), &mut record)?;
+    let summary = layer.finish(UUID)?;
     assert_eq!(summary.size, image.as_file().metadata().unwrap().len());
     let check = Command::new("fsck.erofs").arg(image.path()).output();
     let check = check.expect("fsck.erofs of erofs-utils, which 'cargo xtask test' installs");
     let said = String::from_utf8_lossy(&check.stderr);
     assert!(check.status.success(), "{said}");
+    let mut again = Vec::new();
+    let mut replay = Replay::new(&*record, image.as_file());
+    replay.read_to_end(&mut again).unwrap();
+    assert!(again == tar, "the tar comes back changed");
     Ok(image)
 }
 
