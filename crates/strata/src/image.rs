@@ -59,6 +59,18 @@ enum ImageCommand {
         #[command(flatten)]
         form: FormArgs,
     },
+    /// Write an image to files that other tools read
+    ///
+    /// The layers' tars are those that were pulled, so the image keeps its ID. An OCI layout that is
+    /// there keeps the images that are in it.
+    Export {
+        /// Its name, or the first digits of its ID
+        #[arg(value_name = "IMAGE")]
+        image: String,
+        /// Where to: oci:DIRECTORY[:TAG] or docker-archive:FILE[:NAME]
+        #[arg(value_name = "TARGET")]
+        target: String,
+    },
     /// Remove layers that no image needs, and what broken pulls have left
     ///
     /// It waits for pulls to end. Layers that a machine is using stay.
@@ -169,6 +181,11 @@ fn run(command: &ImageCommand) -> Result<String, Error> {
                     ..Told::of(&image)
                 }),
             })
+        }
+        ImageCommand::Export { image, target } => {
+            let _lease = store.lease()?;
+            oci::export(&store, &store.find(image)?, &target.parse()?)?;
+            Ok(String::new())
         }
         ImageCommand::Gc(form) => {
             let collected = store.collect()?;

@@ -14,7 +14,7 @@ use crate::oci::layout::MAX_DOCUMENT;
 use crate::oci::source::{self, Found, FoundLayer, Name, Origin};
 use crate::oci::unpack::unpack;
 
-const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 
@@ -154,7 +154,7 @@ impl Origin for RootFs {
 }
 
 /// A manifest for an image that came without one. Its layers are named by their tars' digests.
-fn manifest(config: &[u8], layers: &[FoundLayer]) -> Vec<u8> {
+pub(crate) fn manifest(config: &[u8], layers: &[FoundLayer]) -> Vec<u8> {
     let layers: Vec<_> = layers
         .iter()
         .map(|layer| {

@@ -11,7 +11,10 @@ use crate::oci::error::Error;
 use crate::oci::source::{self, Found, FoundLayer, Name, Origin};
 
 /// What a manifest of the index is called (OCI image specification, "Annotations").
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
+pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// The file that lists a layout's images.
+pub(crate) const INDEX: &str = "index.json";
 
 /// Largest manifest or configuration, bytes.
 pub(crate) const MAX_DOCUMENT: u64 = 8 << 20;
@@ -24,7 +27,7 @@ pub(crate) struct OciLayout {
 
 impl OciLayout {
     pub(crate) fn open(directory: &Path, tag: Option<&str>) -> Result<Self, Error> {
-        let index_path = directory.join("index.json");
+        let index_path = directory.join(INDEX);
         let index = fs::read(&index_path).map_err(Error::io("read the file", &index_path))?;
         let index: ImageIndex =
             serde_json::from_slice(&index).map_err(|error| Error::bad_document("index", error))?;

@@ -7,6 +7,8 @@
 //!  rootfs:    ──(rootfs)────┘  layers, compressed      ├─> layers/  EROFS file systems, by diffID
 //!                                 │                    └─> names/   what the user calls it
 //!                                 └─ check size and digest ─ unpack ─ check diffID ─(strata-erofs)
+//!
+//!  store ──(export)──> an OCI layout, or what `docker load` reads
 //! ```
 //!
 //! Protocol and documents are those of the OCI distribution and image specifications, and Docker's
@@ -17,6 +19,7 @@ mod credentials;
 mod digest;
 mod download;
 mod error;
+mod export;
 mod layout;
 mod pull;
 mod registry;
@@ -28,6 +31,7 @@ pub use oci_spec::image::{Config, ImageConfiguration};
 
 pub use digest::Digest;
 pub use error::Error;
+pub use export::export;
 pub use pull::{Bars, pull};
 pub use source::{Name, Source};
 pub use store::{Collected, Image, Layer, Lease, Store};

@@ -2,18 +2,20 @@
 //! to its file system.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::fs::{self, File};
-use std::io;
-use std::path::Path;
+use std::fs;
+use std::io::{self, BufWriter, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
 
 use crate::oci::digest::Checked;
 use crate::oci::download::Download;
 use crate::oci::error::Error;
 use crate::oci::source::{FoundLayer, Name, Origin, Source};
-use crate::oci::store::{Image, Store};
+use crate::oci::store::{Image, Making, Store};
 use crate::oci::unpack::unpack;
 use crate::progress::Progress;
 
@@ -102,13 +104,13 @@ impl Pull<'_> {
             let Some(layer) = next else {
                 return Ok(());
             };
-            let made = self.store.make_layer(layer.diff_id, |file, fetched| {
-                let result = self.layer(layer, file, fetched);
+            let made = self.store.make_layer(layer.diff_id, |making| {
+                let result = self.layer(layer, making);
                 if let Err(Error::Data(error)) = &result
                     && error.kind() == io::ErrorKind::InvalidData
                 {
                     // What was fetched is not what it should be: not to be used again.
-                    let _ = fs::remove_file(fetched);
+                    let _ = fs::remove_file(&making.fetched);
                 }
                 result
             });
@@ -123,11 +125,11 @@ impl Pull<'_> {
     }
 
     /// Makes the file system of one layer.
-    fn layer(&self, layer: &FoundLayer, file: &File, fetched: &Path) -> Result<(), Error> {
+    fn layer(&self, layer: &FoundLayer, making: &mut Making) -> Result<(), Error> {
         let mut bar = self.bars.bar();
         let digits = layer.digest.unwrap_or(layer.diff_id).hex();
         bar.step(&digits[..12], Some(layer.size));
-        let download = Download::new(self.origin, layer, fetched, &self.stop, &mut *bar)?;
+        let download = Download::new(self.origin, layer, &making.fetched, &self.stop, &mut *bar)?;
         let mut stored = Checked::new(download, "layer", layer.digest, Some(layer.size));
         let mut tar = Checked::new(
             unpack(&mut stored).map_err(data)?,
@@ -135,11 +137,17 @@ impl Pull<'_> {
             Some(layer.diff_id),
             None,
         );
-        let made = strata_erofs::Layer::read(&mut tar, file).map_err(file_system)?;
-        // What is left is padding, but belongs to the digests.
+        let mut record = GzEncoder::new(BufWriter::new(&making.record), Compression::fast());
+        let made = strata_erofs::Layer::read_recorded(&mut tar, &making.blob, &mut record)
+            .map_err(file_system)?;
         tar.finish().map_err(data)?;
         drop(tar);
+        // What may follow the packed tar belongs to the digest as well.
         stored.finish().map_err(data)?;
+        record
+            .finish()
+            .and_then(|mut record| record.flush())
+            .map_err(data)?;
         made.finish(layer.diff_id.uuid())?;
         Ok(())
     }

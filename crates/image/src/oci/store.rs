@@ -4,6 +4,7 @@
 //! lock               shared by pulls and by machines that are being started; gc takes it alone
 //! blobs/<digest>     manifests and configurations, as they came
 //! layers/<diffID>    layers, as EROFS file systems
+//! tars/<diffID>      for each layer what its tar has beside contents, packed with gzip
 //! names/<digest>     one for each name, called by the name's digest: which manifest it means
 //! partial/           what is being pulled, and a lock for each layer
 //! ```
@@ -14,18 +15,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use flate2::read::GzDecoder;
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
+use strata_erofs::Replay;
 
 use crate::oci::digest::Digest;
 use crate::oci::error::Error;
 use crate::oci::source::{self, Name};
 
-const DIRECTORIES: [&str; 4] = ["blobs", "layers", "names", "partial"];
+const DIRECTORIES: [&str; 5] = ["blobs", "layers", "tars", "names", "partial"];
 
 /// Fewest digits that are taken for the beginning of an ID.
 const MIN_ID_DIGITS: usize = 4;
@@ -77,6 +80,16 @@ pub struct Collected {
     pub files: u64,
     /// Their sizes, bytes.
     pub bytes: u64,
+}
+
+/// The files of a layer that is being made.
+pub(crate) struct Making {
+    /// For the file system.
+    pub(crate) blob: File,
+    /// For the record of its tar.
+    pub(crate) record: File,
+    /// For what was fetched; need not exist.
+    pub(crate) fetched: PathBuf,
 }
 
 /// The file of a name.
@@ -169,6 +182,7 @@ impl Store {
         for (directory, needed) in [
             ("blobs", &blobs),
             ("layers", &layers),
+            ("tars", &layers),
             ("partial", &BTreeSet::new()),
         ] {
             for path in self.files(directory)? {
@@ -184,43 +198,63 @@ impl Store {
     }
 
     /// Makes the layer `diff_id`, unless it is there or another process makes it meanwhile.
-    /// `make` gets an empty file for the file system, and the path of one for what it fetches.
     pub(crate) fn make_layer(
         &self,
         diff_id: Digest,
-        make: impl FnOnce(&File, &Path) -> Result<(), Error>,
+        make: impl FnOnce(&mut Making) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let target = self.root.join("layers").join(diff_id.hex());
-        let partial = |suffix: &str| {
-            let name = format!("{}.{suffix}", diff_id.hex());
-            self.root.join("partial").join(name)
-        };
+        let digits = diff_id.hex();
+        let partial = |suffix: &str| self.root.join("partial").join(format!("{digits}.{suffix}"));
         let lock_path = partial("lock");
         let lock = File::create(&lock_path).map_err(Error::io("create the file", &lock_path))?;
         lock.lock()
             .map_err(Error::io("lock the file", &lock_path))?;
-        if target.exists() {
+        if self.has_layer(diff_id) {
             return Ok(());
         }
-        let path = partial("erofs");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
-            .map_err(Error::io("create the file", &path))?;
-        let fetched = partial("download");
-        make(&file, &fetched)?;
-        file.sync_all().map_err(Error::io("sync the file", &path))?;
-        fs::rename(&path, &target).map_err(Error::io("rename a file to", &target))?;
-        sync_directory(&target)?;
-        match fs::remove_file(&fetched) {
+        let create = |path: &Path| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(true);
+            options
+                .open(path)
+                .map_err(Error::io("create the file", path))
+        };
+        let mut making = Making {
+            blob: create(&partial("erofs"))?,
+            record: create(&partial("tar"))?,
+            fetched: partial("download"),
+        };
+        make(&mut making)?;
+        // The layer itself comes last: where it is, its record is.
+        for (file, suffix, directory) in [
+            (&making.record, "tar", "tars"),
+            (&making.blob, "erofs", "layers"),
+        ] {
+            let path = partial(suffix);
+            file.sync_all().map_err(Error::io("sync the file", &path))?;
+            let target = self.root.join(directory).join(&digits);
+            fs::rename(&path, &target).map_err(Error::io("rename a file to", &target))?;
+            sync_directory(&target)?;
+        }
+        match fs::remove_file(&making.fetched) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::io("remove the file", &fetched)(error))
+                Err(Error::io("remove the file", &making.fetched)(error))
             }
             _ => Ok(()),
         }
+    }
+
+    /// Has `read` read the tar of a layer, as it was pulled.
+    pub(crate) fn tar<T>(
+        &self,
+        layer: &Layer,
+        read: impl FnOnce(&mut dyn Read) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let path = self.root.join("tars").join(layer.diff_id.hex());
+        let record = File::open(&path).map_err(Error::io("open the file", &path))?;
+        let record = BufReader::new(GzDecoder::new(record));
+        let blob = File::open(&layer.path).map_err(Error::io("open the file", &layer.path))?;
+        read(&mut Replay::new(record, &blob))
     }
 
     /// Whether the layer is there.
@@ -311,7 +345,7 @@ impl Store {
         })
     }
 
-    fn blob(&self, digest: Digest) -> Result<Vec<u8>, Error> {
+    pub(crate) fn blob(&self, digest: Digest) -> Result<Vec<u8>, Error> {
         let path = self.root.join("blobs").join(digest.hex());
         fs::read(&path).map_err(Error::io("read the file", &path))
     }

@@ -149,3 +149,50 @@ fn a_source_that_is_none_is_explained() {
         "{err}"
     );
 }
+
+#[test]
+fn an_exported_image_is_the_one_that_was_pulled() {
+    let user = User::new();
+    let content = Content::small();
+    content.write_layout(&user.home().join("a"), "1");
+    user.done(&["pull", "oci:a"]);
+
+    for target in [
+        "oci:out:x",
+        "oci:out:x",
+        "oci:out:y",
+        "docker-archive:out.tar:z",
+    ] {
+        user.done(&["export", "a:1", target]);
+    }
+
+    let id = |image: &str| -> String {
+        let told = user.done(&["inspect", image, "--output", "json"]);
+        let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+        told["id"].as_str().unwrap().to_owned()
+    };
+    for source in ["oci:out:x", "oci:out:y", "docker-archive:out.tar"] {
+        let name = user.done(&["pull", source]);
+        assert_eq!(id(name.trim()), id("a:1"), "{source}");
+        let digest = Command::new("skopeo")
+            .args(["--insecure-policy", "inspect", "--config", "--raw", source])
+            .current_dir(user.home())
+            .output()
+            .expect("skopeo is installed by 'cargo xtask test'");
+        assert_eq!(
+            Digest::of(&digest.stdout).to_string(),
+            id("a:1"),
+            "{source}"
+        );
+    }
+    let index = fs::read_to_string(user.home().join("out/index.json")).unwrap();
+    assert_eq!(index.matches("ref.name").count(), 2, "{index}");
+    // as they were before they were packed
+    let tar = layer("a", 10_000);
+    let exported = user
+        .home()
+        .join("out/blobs/sha256")
+        .join(Digest::of(&tar).hex());
+    assert!(fs::read(exported).unwrap() == tar);
+    user.refused(&["export", "a:1", "rootfs:out"]);
+}
