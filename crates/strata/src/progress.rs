@@ -23,12 +23,11 @@ impl Progress for Bar {
         let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::hidden())
             .with_style(style(total.is_some()))
             .with_message(what.to_owned());
-        let bar = match &self.among {
-            Some(others) => others.add(bar),
-            None => {
-                bar.set_draw_target(ProgressDrawTarget::stderr());
-                bar
-            }
+        let bar = if let Some(others) = &self.among {
+            others.add(bar)
+        } else {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+            bar
         };
         bar.enable_steady_tick(Duration::from_millis(100));
         self.bar = Some(bar);

@@ -59,7 +59,7 @@ impl Export<'_> {
         let manifest = archive::manifest(&config, &layers);
         for blob in [&config, &manifest] {
             let path = blobs.join(Digest::of(blob).hex());
-            write(&path, |to| copy(&**blob, to, &path))?;
+            write(&path, |to| copy(blob, to, &path))?;
         }
         let path = directory.join("oci-layout");
         let version = br#"{"imageLayoutVersion":"1.0.0"}"#;
@@ -67,7 +67,7 @@ impl Export<'_> {
 
         let path = directory.join(INDEX);
         let index = self.index(&path, &manifest, tag)?;
-        write(&path, |to| copy(&*index, to, &path))?;
+        write(&path, |to| copy(&index, to, &path))?;
         Ok(())
     }
 

@@ -65,7 +65,7 @@ impl Server {
         thread::spawn(move || {
             for connection in listener.incoming() {
                 let state = Arc::clone(&state);
-                thread::spawn(move || drop(state.serve(connection.unwrap())));
+                thread::spawn(move || drop(state.serve(&connection.unwrap())));
             }
         });
         Self { host, log }
@@ -80,7 +80,7 @@ impl Server {
 
 impl State {
     /// Answers one request and closes the connection.
-    fn serve(&self, connection: TcpStream) -> std::io::Result<()> {
+    fn serve(&self, connection: &TcpStream) -> std::io::Result<()> {
         let mut lines = BufReader::new(connection.try_clone()?).lines();
         // What wants TLS does not begin with a line of text.
         let first = lines.next().transpose()?.unwrap_or_default();
@@ -98,7 +98,7 @@ impl State {
         let range = headers.get("range").cloned().unwrap_or_default();
         self.log.lock().unwrap().push(format!("{first} {range}"));
         let authorization = headers.get("authorization").map_or("", |text| text);
-        self.answer(&connection, &path, &range, authorization)
+        self.answer(connection, &path, &range, authorization)
     }
 
     fn answer(
