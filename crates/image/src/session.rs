@@ -44,6 +44,8 @@ pub struct Container {
     pub first_disk: usize,
     /// How many layers there are.
     pub layers: usize,
+    /// Whether the disk after them is an ext4 file system for what is written; memory if not.
+    pub has_scratch: bool,
     /// `NAME=value`, each.
     pub environment: Vec<String>,
     /// A user's name or number, and after a colon a group's; root where empty.
@@ -85,6 +87,7 @@ impl Session {
             let Container {
                 first_disk,
                 layers,
+                has_scratch,
                 environment,
                 user,
                 directory,
@@ -92,7 +95,8 @@ impl Session {
             } = container;
             let directory = if directory.is_empty() { "/" } else { directory };
             let numbers = format!(
-                "layers={layers} first_disk={first_disk} environment={}",
+                "layers={layers} first_disk={first_disk} scratch={} environment={}",
+                u8::from(*has_scratch),
                 environment.len()
             );
             script.extend_from_slice(numbers.as_bytes());
@@ -199,7 +203,7 @@ mod tests {
             ..Session::default()
         };
         let text = String::from_utf8(session.script()).unwrap();
-        let expected = "layers=3 first_disk=2 environment=1 user='me:us' directory='/'\n\
+        let expected = "layers=3 first_disk=2 scratch=0 environment=1 user='me:us' directory='/'\n\
             mode=command\nset -- 'A=x y' 'cat' 'it'\\''s'\n";
         assert_eq!(text, expected);
     }

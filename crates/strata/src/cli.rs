@@ -85,6 +85,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
     pub(crate) image: Option<String>,
 
+    /// Room on a temporary disk for what the image writes, such as 16G; in the guest's memory
+    /// without it
+    #[arg(long, value_name = "SIZE", requires = "image", value_parser = units::memory)]
+    pub(crate) scratch: Option<u64>,
+
     /// Kernel to boot instead of the default appliance: Linux, a bzImage or an ELF vmlinux, or a
     /// Multiboot kernel
     #[arg(long, value_name = "FILE")]
@@ -247,7 +252,8 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 14] = [
+        let wrong: [&[&str]; 15] = [
+            &["--scratch", "1G"],
             &["--image", "i", "--kernel", "k"],
             &["--memory", "512"],
             &["--cpus", "0"],

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IsTerminal};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use strata_image::oci::{self, Lease, Store};
@@ -158,8 +159,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     }
 
     let opened = Machine::open(config).map_err(Fault::Machine)?;
-    // From here on the machine's own locks keep the layers.
-    drop(boot.lease);
+    drop(boot.keeps);
     let signals = supervisor
         .catch_signals(on_terminal)
         .map_err(Fault::host("watch for signals"))?;
@@ -244,8 +244,9 @@ struct Boot {
     /// What the guest says when it is ready for input; empty where nothing is known of it.
     greeting: &'static str,
     disks: Vec<DiskConfig>,
-    /// Keeps the layers of the image among the disks.
-    lease: Option<Lease>,
+    /// What keeps the image's disks until the machine has them open: its layers, and the file
+    /// without a name that is written to.
+    keeps: (Option<Lease>, Option<File>),
 }
 
 impl Boot {
@@ -258,12 +259,13 @@ impl Boot {
                 command_line: args.append.clone(),
                 greeting: "",
                 disks,
-                lease: None,
+                keeps: (None, None),
             });
         }
         let mut container = None;
         let mut command = args.command.clone();
         let mut lease = None;
+        let mut scratch = None;
         if let Some(name) = &args.image {
             let store = Store::of_user()?;
             lease = Some(store.lease()?);
@@ -280,11 +282,20 @@ impl Boot {
                 user: config.user().clone().unwrap_or_default(),
                 directory: config.working_dir().clone().unwrap_or_default(),
                 on_console,
+                has_scratch: args.scratch.is_some(),
             });
             disks.extend(image.layers.into_iter().map(|layer| DiskConfig {
                 path: layer.path,
                 read_only: true,
             }));
+            if let Some(size) = args.scratch {
+                let file = oci::scratch(&store, size)?;
+                disks.push(DiskConfig {
+                    path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
+                    read_only: false,
+                });
+                scratch = Some(file);
+            }
         }
         let appliance = appliance::get().map_err(Fault::Appliance)?;
         let session = Session {
@@ -310,7 +321,7 @@ impl Boot {
             command_line: Some(command_line),
             greeting: GREETING,
             disks,
-            lease,
+            keeps: (lease, scratch),
         })
     }
 }

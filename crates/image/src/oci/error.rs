@@ -111,6 +111,13 @@ pub enum Error {
     #[error("given up")]
     GivenUp,
 
+    /// There can be no disk for what an image writes.
+    #[error("a scratch disk cannot be made: {reason}")]
+    Scratch {
+        /// Why not.
+        reason: String,
+    },
+
     /// Neither `XDG_DATA_HOME` nor `HOME` names a directory.
     #[error("no data directory: neither XDG_DATA_HOME nor HOME is set to an absolute path")]
     NoDataDirectory,
@@ -148,6 +155,9 @@ impl Error {
             ),
             Self::NoSuchImage(_) => {
                 Some("'strata image ls' lists what is here, 'strata image pull' fetches more")
+            }
+            Self::Scratch { .. } => {
+                Some("install e2fsprogs, or leave out --scratch to write to memory")
             }
             Self::NoDataDirectory => Some("set XDG_DATA_HOME to a directory for images"),
             Self::Layer { source, .. } => source.advice(),

@@ -286,6 +286,13 @@ impl Store {
         Ok(image)
     }
 
+    /// The directory for what has no name yet.
+    pub(crate) fn partial(&self) -> Result<PathBuf, Error> {
+        let path = self.root.join("partial");
+        fs::create_dir_all(&path).map_err(Error::io("create the directory", &path))?;
+        Ok(path)
+    }
+
     fn lock_file(&self) -> Result<File, Error> {
         for directory in DIRECTORIES {
             let path = self.root.join(directory);

@@ -79,7 +79,11 @@ impl Store {
     }
 
     fn run(&self, words: &[&str], input: &[u8]) -> Ended {
-        let mut command = run(&["--image", "test"]);
+        self.run_with(&[], words, input)
+    }
+
+    fn run_with(&self, options: &[&str], words: &[&str], input: &[u8]) -> Ended {
+        let mut command = run(&[&["--image", "test"], options].concat());
         if !words.is_empty() {
             command.arg("--").args(words);
         }
@@ -172,4 +176,30 @@ fn an_image_that_cannot_be_run_is_explained() {
         "{}",
         ended.stderr
     );
+}
+
+#[test]
+fn what_an_image_writes_goes_to_a_disk_that_no_one_sees() {
+    let store = Store::new(&[base().bytes(), upper().bytes()], &json!({}));
+    let directory = tempfile::tempdir().unwrap();
+    let disk = directory.path().join("own");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+
+    let options = ["--scratch", "3G", "--disk", disk.to_str().unwrap()];
+    let ended = store.run_with(&options, &["tell", "room"], b"").expect(0);
+
+    let text = ended.text();
+    assert!(text.contains("write yes"), "{text}");
+    let room = text
+        .lines()
+        .find_map(|line| line.strip_suffix(" MiB"))
+        .unwrap();
+    assert!(
+        (2900..=3072).contains(&room.parse::<u32>().unwrap()),
+        "{text}"
+    );
+    let left = fs::read_dir(store.0.path().join("strata/images/partial")).unwrap();
+    let names: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    let is_lock = |name: &std::ffi::OsString| name.to_string_lossy().ends_with(".lock");
+    assert!(names.iter().all(is_lock), "{names:?}");
 }
