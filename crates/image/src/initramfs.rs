@@ -67,6 +67,8 @@ const FILES: &[(&str, u32, &str)] = &[
     ),
     ("lib/strata/main", 0o755, include_str!("../guest/main")),
     ("lib/strata/image", 0o644, include_str!("../guest/image")),
+    ("lib/strata/layers", 0o644, include_str!("../guest/layers")),
+    ("lib/strata/become", 0o755, include_str!("../guest/become")),
     ("lib/strata/down", 0o755, include_str!("../guest/down")),
 ];
 
@@ -148,7 +150,7 @@ mod tests {
 
     #[test]
     fn every_driver_that_the_guest_loads_is_asked_for() {
-        let main = include_str!("../guest/main").to_owned() + include_str!("../guest/image");
+        let main = include_str!("../guest/main").to_owned() + include_str!("../guest/layers");
         for name in REQUIRED_MODULES.iter().chain(OPTIONAL_MODULES) {
             assert!(main.contains(name), "{name}");
         }

@@ -37,6 +37,18 @@ pub struct Session {
     pub container: Option<Container>,
 }
 
+/// What of a container image runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Start {
+    /// The command, on the ports.
+    #[default]
+    OnPorts,
+    /// The command, on the console.
+    OnConsole,
+    /// The image's own init, which has the machine to itself.
+    Init,
+}
+
 /// The file system of a container image, and how its command starts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Container {
@@ -52,8 +64,8 @@ pub struct Container {
     pub user: String,
     /// Where the command starts; the root where empty.
     pub directory: String,
-    /// Whether the command is on the console, rather than on the ports.
-    pub on_console: bool,
+    /// What of the image runs, and where its streams are.
+    pub start: Start,
 }
 
 impl Session {
@@ -107,8 +119,11 @@ impl Session {
             script.push(b'\n');
             words.splice(0..0, environment.iter().map(OsString::from));
         }
-        if !words.is_empty() {
-            if !self.container.as_ref().is_some_and(|c| c.on_console) {
+        let start = self.container.as_ref().map(|container| container.start);
+        if start == Some(Start::Init) {
+            script.extend_from_slice(b"mode=init\n");
+        } else if !words.is_empty() {
+            if start != Some(Start::OnConsole) {
                 script.extend_from_slice(b"mode=command\n");
             }
             script.extend_from_slice(b"set --");

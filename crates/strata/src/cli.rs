@@ -85,6 +85,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
     pub(crate) image: Option<String>,
 
+    /// What runs the image: Strata, which starts its command, or the image's own /sbin/init, which
+    /// gets the whole machine
+    #[arg(long, value_enum, requires = "image", default_value_t = Init::Strata)]
+    pub(crate) init: Init,
+
     /// Room on a temporary disk for what the image writes, such as 16G; in the guest's memory
     /// without it
     #[arg(long, value_name = "SIZE", requires = "image", value_parser = units::memory)]
@@ -150,6 +155,12 @@ impl RunArgs {
                  with it.\nLeave out --kernel, or start the command from your own initrd.\n",
             );
         }
+        if self.init == Init::Image && !self.command.is_empty() {
+            return refuse(
+                "with --init image the image's own init decides what runs.\nLeave out the command \
+                 after --.\n",
+            );
+        }
         if self.command.first().is_some_and(|word| word.is_empty()) {
             return refuse("the command after -- is empty.\n");
         }
@@ -164,6 +175,15 @@ pub(crate) enum Accelerator {
     Auto,
     /// The software CPU, which needs nothing of the host
     Soft,
+}
+
+/// What runs a container image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Init {
+    /// Strata's own init, which starts the image's command
+    Strata,
+    /// The image's /sbin/init, such as systemd
+    Image,
 }
 
 /// How the process locks itself up before the guest runs.
@@ -252,7 +272,9 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 15] = [
+        let wrong: [&[&str]; 17] = [
+            &["--init", "image"],
+            &["--image", "i", "--init", "image", "--", "ls"],
             &["--scratch", "1G"],
             &["--image", "i", "--kernel", "k"],
             &["--memory", "512"],

@@ -7,14 +7,14 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use strata_image::oci::{self, Lease, Store};
-use strata_image::{Container, GREETING, Session};
+use strata_image::{Container, GREETING, Session, Start};
 use strata_vmm::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
     SerialConsole,
 };
 
 use crate::appliance;
-use crate::cli::{Accelerator, RunArgs};
+use crate::cli::{Accelerator, Init, RunArgs};
 use crate::command::{self, Status};
 use crate::console::{KeyInput, Output, PipeInput, Show, Tail, Typist};
 use crate::exit::End;
@@ -102,8 +102,8 @@ impl Fault {
 pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     strata_vmm::give_back_large_blocks();
     // An image has a command of its own, which talks to people on the console.
-    let wants_command =
-        !args.command.is_empty() || (args.image.is_some() && !io::stdin().is_terminal());
+    let runs_image = args.image.is_some() && args.init == Init::Strata;
+    let wants_command = !args.command.is_empty() || (runs_image && !io::stdin().is_terminal());
     let boot = Boot::prepare(args, verbose, !wants_command)?;
     let supervisor = Supervisor::new();
     let log = args.console_log.as_deref().map(|path| {
@@ -271,7 +271,7 @@ impl Boot {
             lease = Some(store.lease()?);
             let image = store.find(name)?;
             command = words(&image, &args.command);
-            if command.is_empty() {
+            if command.is_empty() && args.init == Init::Strata {
                 return Err(Fault::NoCommand(name.clone()));
             }
             let config = image.config.config().clone().unwrap_or_default();
@@ -281,7 +281,11 @@ impl Boot {
                 environment: config.env().clone().unwrap_or_default(),
                 user: config.user().clone().unwrap_or_default(),
                 directory: config.working_dir().clone().unwrap_or_default(),
-                on_console,
+                start: match args.init {
+                    Init::Image => Start::Init,
+                    Init::Strata if on_console => Start::OnConsole,
+                    Init::Strata => Start::OnPorts,
+                },
                 has_scratch: args.scratch.is_some(),
             });
             disks.extend(image.layers.into_iter().map(|layer| DiskConfig {
@@ -319,7 +323,11 @@ impl Boot {
                 InitrdPart::Bytes(session.segment()),
             ],
             command_line: Some(command_line),
-            greeting: GREETING,
+            // An init of the image's own says what it likes, and never that.
+            greeting: match args.init {
+                Init::Image => "",
+                Init::Strata => GREETING,
+            },
             disks,
             keeps: (lease, scratch),
         })

@@ -203,3 +203,20 @@ fn what_an_image_writes_goes_to_a_disk_that_no_one_sees() {
     let is_lock = |name: &std::ffi::OsString| name.to_string_lossy().ends_with(".lock");
     assert!(names.iter().all(is_lock), "{names:?}");
 }
+
+#[test]
+fn an_images_own_init_gets_the_machine() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("init");
+    compile("init", &[], &program);
+    let init = Layer::new().add("sbin/init", 0o755, &fs::read(program).unwrap());
+    let store = Store::new(&[base().bytes(), init.bytes()], &json!({}));
+
+    let ended = store.run_with(&["--init", "image"], &[], b"").expect(0);
+    let expected = "process 1, file there, appliance gone";
+    assert!(ended.text().contains(expected), "{}", ended.text());
+
+    let store = Store::new(&[base().bytes()], &json!({}));
+    let ended = store.run_with(&["--init", "image"], &[], b"").expect(0);
+    assert!(ended.text().contains("no /sbin/init"), "{}", ended.text());
+}
