@@ -167,6 +167,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     let maps = args.stats.map(|_| Maps::open()).transpose();
     let maps = maps.map_err(Fault::host("look at this process's memory"))?;
 
+    strata_vmm::give_back_program();
     // All is open; no thread has been started yet, as most locks ask for.
     sandbox::lock_up(args.sandbox)?;
     let machine = opened.build().map_err(Fault::Machine)?;
