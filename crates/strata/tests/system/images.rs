@@ -66,8 +66,8 @@ impl Store {
         let store = Self(directory);
         let mut pull = Command::new(STRATA);
         pull.args(["image", "pull", "oci:test"]);
-        let pulled = store.home(pull).status().unwrap();
-        assert!(pulled.success());
+        let pulled = store.home(pull).output().unwrap();
+        assert!(pulled.status.success(), "{pulled:?}");
         store
     }
 
