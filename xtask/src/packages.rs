@@ -49,6 +49,18 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         package: "qemu-utils",
     },
     Program {
+        name: "fsck.erofs",
+        package: "erofs-utils",
+    },
+    Program {
+        name: "skopeo",
+        package: "skopeo",
+    },
+    Program {
+        name: "docker-registry",
+        package: "docker-registry",
+    },
+    Program {
         name: "setpriv",
         package: "util-linux",
     },

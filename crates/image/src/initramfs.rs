@@ -13,9 +13,16 @@ pub const GREETING: &str = "Strata guest: Linux ";
 /// Modules without which the appliance is of no use.
 pub(crate) const REQUIRED_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
 
-/// Modules loaded where the kernel has them: entropy, the network, and word of a panic to the host.
-pub(crate) const OPTIONAL_MODULES: &[&str] =
-    &["virtio_rng", "virtio_net", "pvpanic_mmio", "pvpanic_pci"];
+/// Modules loaded where the kernel has them: entropy, the network, word of a panic to the host, and the file
+/// systems of container images.
+pub(crate) const OPTIONAL_MODULES: &[&str] = &[
+    "virtio_rng",
+    "virtio_net",
+    "pvpanic_mmio",
+    "pvpanic_pci",
+    "erofs",
+    "overlay",
+];
 
 /// What the modules above are known to depend on. Only spares reading the package twice: what
 /// they really depend on is read from themselves.
@@ -62,6 +69,9 @@ const FILES: &[(&str, u32, &str)] = &[
         include_str!("../guest/fstab.dev"),
     ),
     ("lib/strata/main", 0o755, include_str!("../guest/main")),
+    ("lib/strata/image", 0o644, include_str!("../guest/image")),
+    ("lib/strata/layers", 0o644, include_str!("../guest/layers")),
+    ("lib/strata/become", 0o755, include_str!("../guest/become")),
     ("lib/strata/down", 0o755, include_str!("../guest/down")),
 ];
 
@@ -143,7 +153,7 @@ mod tests {
 
     #[test]
     fn every_driver_that_the_guest_loads_is_asked_for() {
-        let main = include_str!("../guest/main");
+        let main = include_str!("../guest/main").to_owned() + include_str!("../guest/layers");
         for name in REQUIRED_MODULES.iter().chain(OPTIONAL_MODULES) {
             assert!(main.contains(name), "{name}");
         }

@@ -1,7 +1,7 @@
 //! What a machine boots from.
 //!
-//! Today that is one thing: the *default appliance*, Debian's own cloud kernel with a
-//! `BusyBox` user space, built on first use and kept in the user's cache.
+//! The *default appliance*, Debian's own cloud kernel with a `BusyBox` user space, is built on
+//! first use and kept in the user's cache. Container images are in [`oci`].
 //!
 //! ```text
 //!  apt-get download ──> .deb files ──> vmlinuz ───────────────┐
@@ -25,6 +25,7 @@ mod error;
 mod initramfs;
 mod manifest;
 mod modules;
+pub mod oci;
 mod progress;
 mod session;
 
@@ -36,4 +37,4 @@ pub use error::Error;
 pub use initramfs::GREETING;
 pub use manifest::{FileRecord, Manifest, SourceRecord};
 pub use progress::{Progress, Silent};
-pub use session::{Network, Ports, Session};
+pub use session::{Container, Network, Ports, Session, Start};

@@ -38,6 +38,8 @@ pub struct Session {
     pub name: Option<String>,
     /// How its first network card is to be set up; not at all where `None`.
     pub network: Option<Network>,
+    /// What the command runs in, if not in the appliance itself.
+    pub container: Option<Container>,
 }
 
 /// What a guest is told of its network instead of having it ask.
@@ -51,6 +53,37 @@ pub struct Network {
     pub gateway: Ipv4Addr,
     /// The domain in which names of one label are looked for.
     pub domain: &'static str,
+}
+
+/// What of a container image runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Start {
+    /// The command, on the ports.
+    #[default]
+    OnPorts,
+    /// The command, on the console.
+    OnConsole,
+    /// The image's own init, which has the machine to itself.
+    Init,
+}
+
+/// The file system of a container image, and how its command starts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Container {
+    /// Which of the machine's disks is the lowest layer, counted from 0. The others follow.
+    pub first_disk: usize,
+    /// How many layers there are.
+    pub layers: usize,
+    /// Whether the disk after them is an ext4 file system for what is written; memory if not.
+    pub has_scratch: bool,
+    /// `NAME=value`, each.
+    pub environment: Vec<String>,
+    /// A user's name or number, and after a colon a group's; root where empty.
+    pub user: String,
+    /// Where the command starts; the root where empty.
+    pub directory: String,
+    /// What of the image runs, and where its streams are.
+    pub start: Start,
 }
 
 impl Session {
@@ -94,9 +127,40 @@ impl Session {
             let line = format!("address={address}/{bits} gateway={gateway} domain={domain}\n");
             script.extend_from_slice(line.as_bytes());
         }
-        if !self.command.is_empty() {
-            script.extend_from_slice(b"mode=command\nset --");
-            for word in &self.command {
+        let mut words = self.command.clone();
+        if let Some(container) = &self.container {
+            let Container {
+                first_disk,
+                layers,
+                has_scratch,
+                environment,
+                user,
+                directory,
+                ..
+            } = container;
+            let directory = if directory.is_empty() { "/" } else { directory };
+            let numbers = format!(
+                "layers={layers} first_disk={first_disk} scratch={} environment={}",
+                u8::from(*has_scratch),
+                environment.len()
+            );
+            script.extend_from_slice(numbers.as_bytes());
+            script.extend_from_slice(b" user=");
+            script.extend(quoted(user.as_ref()));
+            script.extend_from_slice(b" directory=");
+            script.extend(quoted(directory.as_ref()));
+            script.push(b'\n');
+            words.splice(0..0, environment.iter().map(OsString::from));
+        }
+        let start = self.container.as_ref().map(|container| container.start);
+        if start == Some(Start::Init) {
+            script.extend_from_slice(b"mode=init\n");
+        } else if !words.is_empty() {
+            if start != Some(Start::OnConsole) {
+                script.extend_from_slice(b"mode=command\n");
+            }
+            script.extend_from_slice(b"set --");
+            for word in &words {
                 script.push(b' ');
                 script.extend(quoted(word));
             }
@@ -171,6 +235,25 @@ mod tests {
         };
         let text = String::from_utf8(session.script()).unwrap();
         assert_eq!(text, "export TERM='xterm'\nrows=50 columns=132\n");
+    }
+
+    #[test]
+    fn a_container_has_its_environment_before_its_command() {
+        let session = Session {
+            command: vec!["cat".into(), "it's".into()],
+            container: Some(Container {
+                first_disk: 2,
+                layers: 3,
+                environment: vec!["A=x y".into()],
+                user: "me:us".into(),
+                ..Container::default()
+            }),
+            ..Session::default()
+        };
+        let text = String::from_utf8(session.script()).unwrap();
+        let expected = "layers=3 first_disk=2 scratch=0 environment=1 user='me:us' directory='/'\n\
+            mode=command\nset -- 'A=x y' 'cat' 'it'\\''s'\n";
+        assert_eq!(text, expected);
     }
 
     #[test]

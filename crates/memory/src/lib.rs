@@ -14,6 +14,7 @@
 
 mod code;
 mod heap;
+mod program;
 mod stretch;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 pub use code::{CodeMap, CodeTracker, CodeWriteListener, CpuSet, GRANULE_SIZE, MAX_CPUS};
 pub use heap::give_back_large_blocks;
+pub use program::give_back_program;
 pub use stretch::Stretch;
 use vm_memory::mmap::MmapRegionBuilder;
 pub use vm_memory::{self, Address, Bytes, GuestAddress};

@@ -11,6 +11,7 @@ use strata_net::Forward;
 
 use crate::disk::DiskCommand;
 use crate::exit;
+use crate::image::ImageArgs;
 use crate::units::{self, Disk, Module, Network};
 
 const RUN_KEYS: &str = "\
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     /// Make, look at, change and copy disk images
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// Fetch, list and remove container images
+    Image(ImageArgs),
     /// Tell what this host can do, and which accelerator would be used and why
     Doctor(DoctorArgs),
     /// Give the terminal back if the process that started this one dies
@@ -58,8 +61,9 @@ pub(crate) enum Command {
     },
     /// Print a manual page in roff, for man(1)
     Man {
-        /// The subcommand whose page to print; the page of strata itself without one
-        subcommand: Option<String>,
+        /// The subcommand whose page to print, such as run or image pull; the page of strata itself
+        /// without one
+        subcommand: Vec<String>,
     },
 }
 
@@ -100,6 +104,20 @@ pub(crate) struct RunArgs {
     /// The machine's name, by which others on its network find it
     #[arg(long, value_name = "NAME", value_parser = units::name)]
     pub(crate) name: Option<String>,
+    /// Container image to run the command in, one that 'strata image pull' has fetched. Without
+    /// -- CMD it is the image's own; with it, CMD stands in place of the image's arguments
+    #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
+    pub(crate) image: Option<String>,
+
+    /// What runs the image: Strata, which starts its command, or the image's own /sbin/init, which
+    /// gets the whole machine
+    #[arg(long, value_enum, requires = "image", default_value_t = Init::Strata)]
+    pub(crate) init: Init,
+
+    /// Room on a temporary disk for what the image writes, such as 16G; in the guest's memory
+    /// without it
+    #[arg(long, value_name = "SIZE", requires = "image", value_parser = units::memory)]
+    pub(crate) scratch: Option<u64>,
 
     /// Kernel to boot instead of the default appliance: Linux, a bzImage or an ELF vmlinux, or a
     /// Multiboot kernel
@@ -164,6 +182,12 @@ impl RunArgs {
         if !self.forwards.is_empty() && self.network() == Network::NONE {
             return refuse("-p needs a network: leave out --network none.\n");
         }
+        if self.init == Init::Image && !self.command.is_empty() {
+            return refuse(
+                "with --init image the image's own init decides what runs.\nLeave out the command \
+                 after --.\n",
+            );
+        }
         if self.command.first().is_some_and(|word| word.is_empty()) {
             return refuse("the command after -- is empty.\n");
         }
@@ -210,6 +234,15 @@ pub(crate) enum Accelerator {
     Auto,
     /// The software CPU, which needs nothing of the host
     Soft,
+}
+
+/// What runs a container image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Init {
+    /// Strata's own init, which starts the image's command
+    Strata,
+    /// The image's /sbin/init, such as systemd
+    Image,
 }
 
 /// How the process locks itself up before the guest runs.
@@ -309,7 +342,11 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 19] = [
+        let wrong: [&[&str]; 23] = [
+            &["--init", "image"],
+            &["--image", "i", "--init", "image", "--", "ls"],
+            &["--scratch", "1G"],
+            &["--image", "i", "--kernel", "k"],
             &["--memory", "512"],
             &["--cpus", "0"],
             &["--cpus", "17"],

@@ -19,6 +19,8 @@ pub(crate) enum End {
     /// The guest wrote this value to the port of `--debug-exit`: twice the value and 1, of which
     /// the low byte is left.
     DebugExit(u32),
+    /// `strata image` could not do what it was asked for: 1.
+    Failed,
     /// `strata doctor` finds that this host cannot run guests: 1.
     Unfit,
     /// `strata disk check` finds that data may be lost: 2.
@@ -49,7 +51,7 @@ impl End {
             Self::Command(status) => status,
             // As QEMU's isa-debug-exit has it, which test kernels are written for.
             Self::DebugExit(value) => (value << 1 | 1) as u8,
-            Self::Unfit => 1,
+            Self::Failed | Self::Unfit => 1,
             Self::DiskDamaged => 2,
             Self::DiskLeaks => 3,
             Self::Timeout => 124,

@@ -10,9 +10,11 @@ mod disk;
 mod doctor;
 mod exit;
 mod guard;
+mod image;
 mod keys;
 mod manual;
 mod network;
+mod progress;
 mod report;
 mod run;
 mod sandbox;
@@ -56,9 +58,10 @@ fn main() -> ExitCode {
         },
         Command::NetworkSwitch(args) => network::switch(&args),
         Command::SandboxProbe => sandbox::answer_probe(),
+        Command::Image(args) => image::image(&args),
         Command::Doctor(args) => doctor::doctor(args.output),
         Command::Completions { shell } => print(&manual::completions(shell)),
-        Command::Man { subcommand } => match manual::page(subcommand.as_deref()) {
+        Command::Man { subcommand } => match manual::page(&subcommand) {
             Ok(page) => print(&page),
             Err(error) => error.exit(),
         },

@@ -1,10 +1,14 @@
 //! `strata run`: from arguments to a machine, and from its end to an exit status.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IsTerminal};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-use strata_image::{GREETING, Network, Session};
+use strata_disk::Format;
+use strata_image::oci::{self, Lease, Store};
+use strata_image::{Container, GREETING, Network, Session, Start};
 use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
 use strata_sandbox::Role;
 use strata_vmm::{
@@ -13,7 +17,7 @@ use strata_vmm::{
 };
 
 use crate::appliance;
-use crate::cli::{Accelerator, RunArgs};
+use crate::cli::{Accelerator, Init, RunArgs};
 use crate::command::{self, Status};
 use crate::console::{KeyInput, Output, PipeInput, Show, Tail, Typist};
 use crate::exit::End;
@@ -41,6 +45,14 @@ pub(crate) enum Fault {
     /// The default appliance cannot be had.
     #[error("the default appliance cannot be built")]
     Appliance(#[source] strata_image::Error),
+
+    /// The container image cannot be run.
+    #[error(transparent)]
+    Image(#[from] oci::Error),
+
+    /// The container image does not say what to run.
+    #[error("the image '{0}' has no command of its own")]
+    NoCommand(String),
 
     /// The machine refuses its configuration.
     #[error(transparent)]
@@ -83,6 +95,8 @@ impl Fault {
                  --initrd FILE (an initramfs); or copy ~/.cache/strata from a host where \
                  'strata run' has built the appliance",
             ),
+            Self::Image(error) => error.advice(),
+            Self::NoCommand(_) => Some("give one after --, such as -- /bin/sh"),
             Self::Sandbox(sandbox::Fault::Incomplete(_)) => Some(
                 "use --sandbox auto to run with the layers that there are; 'strata doctor' lists \
                  them",
@@ -96,7 +110,10 @@ impl Fault {
 pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     strata_vmm::give_back_large_blocks();
     let joined = network::join(args)?;
-    let boot = Boot::prepare(args, verbose, joined.as_ref())?;
+    // An image has a command of its own, which talks to people on the console.
+    let runs_image = args.image.is_some() && args.init == Init::Strata;
+    let wants_command = !args.command.is_empty() || (runs_image && !io::stdin().is_terminal());
+    let boot = Boot::prepare(args, verbose, !wants_command, joined.as_ref())?;
     let supervisor = Supervisor::new();
     let log = args.console_log.as_deref().map(|path| {
         File::create(path).map_err(Fault::host(format!(
@@ -104,7 +121,6 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
             path.display()
         )))
     });
-    let wants_command = !args.command.is_empty();
     let show = match (wants_command, verbose) {
         (false, _) => Show::Stdout,
         (true, true) => Show::Stderr,
@@ -129,7 +145,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         modules: modules(args),
         command_line: boot.command_line,
         debug_exit: args.debug_exit,
-        disks: disks(args),
+        disks: boot.disks,
         networks: joined.into_iter().collect(),
         console: SerialConsole {
             output: Box::new(output),
@@ -153,6 +169,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     }
 
     let opened = Machine::open(config).map_err(Fault::Machine)?;
+    drop(boot.keeps);
     let signals = supervisor
         .catch_signals(on_terminal)
         .map_err(Fault::host("watch for signals"))?;
@@ -160,6 +177,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     let maps = args.stats.map(|_| Maps::open()).transpose();
     let maps = maps.map_err(Fault::host("look at this process's memory"))?;
 
+    strata_vmm::give_back_program();
     // All is open; no thread has been started yet, as most locks ask for.
     sandbox::lock_up(args.sandbox, Role::Machine)?;
     let machine = opened.build().map_err(Fault::Machine)?;
@@ -193,6 +211,21 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     .tell())
 }
 
+/// What runs in an image: its entry point, with its own arguments or those that were given.
+fn words(image: &oci::Image, given: &[OsString]) -> Vec<OsString> {
+    let config = image.config.config().clone().unwrap_or_default();
+    let own = |words: &Option<Vec<String>>| -> Vec<OsString> {
+        words.iter().flatten().map(OsString::from).collect()
+    };
+    let mut words = own(config.entrypoint());
+    if given.is_empty() {
+        words.extend(own(config.cmd()));
+    } else {
+        words.extend_from_slice(given);
+    }
+    words
+}
+
 fn disks(args: &RunArgs) -> Vec<DiskConfig> {
     args.disks
         .iter()
@@ -222,21 +255,75 @@ struct Boot {
     command_line: Option<String>,
     /// What the guest says when it is ready for input; empty where nothing is known of it.
     greeting: &'static str,
+    disks: Vec<DiskConfig>,
+    /// What keeps the image's disks until the machine has them open: its layers, and the file
+    /// without a name that is written to.
+    keeps: (Option<Lease>, Option<File>),
 }
 
 impl Boot {
-    fn prepare(args: &RunArgs, verbose: bool, joined: Option<&Joined>) -> Result<Self, Fault> {
+    fn prepare(
+        args: &RunArgs,
+        verbose: bool,
+        on_console: bool,
+        joined: Option<&Joined>,
+    ) -> Result<Self, Fault> {
+        let mut disks = disks(args);
         if let Some(kernel) = &args.kernel {
             return Ok(Self {
                 kernel: kernel.clone(),
                 initrd: args.initrd.iter().cloned().map(InitrdPart::File).collect(),
                 command_line: args.append.clone(),
                 greeting: "",
+                disks,
+                keeps: (None, None),
             });
+        }
+        let mut container = None;
+        let mut command = args.command.clone();
+        let mut lease = None;
+        let mut scratch = None;
+        if let Some(name) = &args.image {
+            let store = Store::of_user()?;
+            lease = Some(store.lease()?);
+            let image = store.find(name)?;
+            command = words(&image, &args.command);
+            if command.is_empty() && args.init == Init::Strata {
+                return Err(Fault::NoCommand(name.clone()));
+            }
+            let config = image.config.config().clone().unwrap_or_default();
+            container = Some(Container {
+                first_disk: disks.len(),
+                layers: image.layers.len(),
+                environment: config.env().clone().unwrap_or_default(),
+                user: config.user().clone().unwrap_or_default(),
+                directory: config.working_dir().clone().unwrap_or_default(),
+                start: match args.init {
+                    Init::Image => Start::Init,
+                    Init::Strata if on_console => Start::OnConsole,
+                    Init::Strata => Start::OnPorts,
+                },
+                has_scratch: args.scratch.is_some(),
+            });
+            disks.extend(image.layers.into_iter().map(|layer| DiskConfig {
+                path: layer.path,
+                format: Some(Format::Raw),
+                read_only: true,
+            }));
+            if let Some(size) = args.scratch {
+                let file = oci::scratch(&store, size)?;
+                disks.push(DiskConfig {
+                    path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
+                    format: Some(Format::Raw),
+                    read_only: false,
+                });
+                scratch = Some(file);
+            }
         }
         let appliance = appliance::get().map_err(Fault::Appliance)?;
         let session = Session {
-            command: args.command.clone(),
+            command,
+            container,
             term: std::env::var_os("TERM").filter(|_| io::stdout().is_terminal()),
             size: terminal::size(),
             name: args.name.clone(),
@@ -262,7 +349,13 @@ impl Boot {
                 InitrdPart::Bytes(session.segment()),
             ],
             command_line: Some(command_line),
-            greeting: GREETING,
+            // An init of the image's own says what it likes, and never that.
+            greeting: match args.init {
+                Init::Image => "",
+                Init::Strata => GREETING,
+            },
+            disks,
+            keeps: (lease, scratch),
         })
     }
 }

@@ -12,6 +12,7 @@ mod disks;
 mod endings;
 mod guest;
 mod host;
+mod images;
 mod kernels;
 mod memory;
 mod multiboot;

@@ -38,7 +38,8 @@ pub(crate) fn same_on_cpus(cpus: u8, name: &str, options: &[&str]) {
     assert_eq!(ended.stderr, "");
 }
 
-fn compile(name: &str, options: &[&str], binary: &Path) {
+/// Compiles the program `name`, with nothing that it needs outside itself.
+pub(crate) fn compile(name: &str, options: &[&str], binary: &Path) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/system/programs")
         .join(name)
