@@ -623,3 +623,6 @@ impl Flow {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
