@@ -41,6 +41,10 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         package: "strace",
     },
     Program {
+        name: "ip",
+        package: "iproute2",
+    },
+    Program {
         name: "mke2fs",
         package: "e2fsprogs",
     },

@@ -9,7 +9,6 @@ use rustix::net::{
 };
 
 use super::datagrams::Exchange;
-use super::streams::initial_sequence;
 use super::{Key, MAX_CONNECTIONS, Source, new_socket};
 use crate::config::{GATEWAY, GATEWAY_V6, is_inside};
 use crate::protocol::{Forward, Protocol};
@@ -145,7 +144,8 @@ impl Switch {
         let Some(path) = self.path(&key) else {
             return;
         };
-        let flow = Flow::accepted(path, client, initial_sequence(), self.now);
+        let initial = self.nat.initial_sequence(&key, self.now);
+        let flow = Flow::accepted(path, client, initial, self.now);
         let Some(id) = self.insert(key, flow) else {
             return;
         };

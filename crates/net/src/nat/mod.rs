@@ -7,8 +7,10 @@ mod forwards;
 mod streams;
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
@@ -50,6 +52,10 @@ pub(crate) struct Nat {
     unread: Vec<u64>,
     /// Which of the host's name servers is asked.
     resolver: usize,
+    /// Where sequence numbers begin: the time that passes from here, and a secret for each pair of
+    /// ends.
+    began: Option<Instant>,
+    secret: RandomState,
 }
 
 /// What an event is about, in the upper byte of its data.
@@ -87,6 +93,14 @@ impl Nat {
     fn next(&mut self) -> u64 {
         self.last += 1;
         self.last
+    }
+
+    /// Where a connection's sequence numbers begin (RFC 6528): nobody can guess it, and it lies
+    /// behind those of an earlier connection of the same ends, which the guest may remember.
+    fn initial_sequence(&mut self, key: &Key, now: Instant) -> u32 {
+        let began = *self.began.get_or_insert(now);
+        let ticks = now.duration_since(began).as_micros() / 4;
+        (self.secret.hash_one(key) as u32).wrapping_add(ticks as u32)
     }
 
     /// Forgets all that belongs to a port.

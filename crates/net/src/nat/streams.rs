@@ -93,7 +93,13 @@ impl Switch {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(error) => return Err(error),
         }
-        let flow = Flow::connecting(path, socket, syn, initial_sequence(), self.now);
+        let flow = Flow::connecting(
+            path,
+            socket,
+            syn,
+            self.nat.initial_sequence(&key, self.now),
+            self.now,
+        );
         self.insert(key, flow);
         Ok(())
     }
@@ -225,12 +231,4 @@ impl Switch {
             self.settle(id, verdict);
         }
     }
-}
-
-/// Where a connection's sequence numbers begin: anywhere (RFC 6528).
-pub(super) fn initial_sequence() -> u32 {
-    let mut bytes = [0; 4];
-    // Without random numbers the kernel is too young to have started this process.
-    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    u32::from_ne_bytes(bytes)
 }

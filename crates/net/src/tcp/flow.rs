@@ -300,8 +300,13 @@ impl Flow {
         }
         match self.stage {
             Stage::SynSent => {
-                let both = segment.has(flag::SYN) && segment.has(flag::ACK);
-                if !both || segment.acknowledged != self.next {
+                let answers = segment.acknowledged == self.next;
+                if segment.has(flag::ACK) && !answers {
+                    // It remembers an earlier connection: that is over. The SYN comes again.
+                    let out = Outgoing::reset_for(segment);
+                    link.send(&self.path.encode(&out), out.payload);
+                }
+                if !segment.has(flag::SYN) || !segment.has(flag::ACK) || !answers {
                     return Verdict::Keep;
                 }
                 self.take_syn(segment);
@@ -618,3 +623,6 @@ impl Flow {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,6 @@
 //! Whole-system tests: real guests, booted through the `strata` binary as a user would.
 //!
-//! They need what `cargo xtask test` installs: gcc, strace, e2fsprogs, qemu-utils, setpriv, xz and zstd.
+//! They need programs that `cargo xtask test` installs.
 //! All share the user's cached appliance. No test asserts a time.
 #![forbid(unsafe_code)]
 
@@ -16,6 +16,7 @@ mod images;
 mod kernels;
 mod memory;
 mod multiboot;
+mod namespaces;
 mod network;
 mod programs;
 mod pty;
