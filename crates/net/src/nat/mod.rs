@@ -25,6 +25,12 @@ use forwards::Forwarding;
 
 /// Connections that a guest may have through the NAT.
 const MAX_CONNECTIONS: usize = 4096;
+/// From so many on they have less room each, so that a guest makes the switch hold no more than
+/// 250 MiB in all.
+const MANY_CONNECTIONS: usize = 256;
+/// Bytes that may wait in each direction of a connection.
+const ROOM: usize = 256 << 10;
+const LITTLE_ROOM: usize = 16 << 10;
 /// Exchanges of datagrams that a guest may have through the NAT.
 const MAX_EXCHANGES: usize = 1024;
 

@@ -6,7 +6,9 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{SocketType, connect, sockopt};
 
-use super::{Key, MAX_CONNECTIONS, Source, meaning, new_socket};
+use super::{
+    Key, LITTLE_ROOM, MANY_CONNECTIONS, MAX_CONNECTIONS, ROOM, Source, meaning, new_socket,
+};
 use crate::gateway;
 use crate::policy::{Route, route};
 use crate::switch::Switch;
@@ -49,6 +51,11 @@ impl Switch {
             guest: key.guest,
             remote: key.remote,
             offloads: port.offloads,
+            room: if port.connections < MANY_CONNECTIONS {
+                ROOM
+            } else {
+                LITTLE_ROOM
+            },
         })
     }
 

@@ -10,9 +10,7 @@ use rustix::net::{SendFlags, Shutdown, send, shutdown, sockopt};
 use super::segment::{Outgoing, Path, Segment, flag};
 use crate::ring::Ring;
 
-/// Bytes that a flow holds in one direction, at most.
-const RING: usize = 256 << 10;
-/// Our window shift: the largest window is just above [`RING`].
+/// Our window shift: windows of up to 512 KiB.
 const SHIFT: u8 = 3;
 /// Segment size of a guest that names none (RFC 9293 §3.7.1), and the least that is believed.
 const DEFAULT_SEGMENT: u16 = 536;
@@ -127,7 +125,7 @@ impl Flow {
             stage,
             readable: false,
             writable: false,
-            send: Ring::new(RING),
+            send: Ring::new(path.room),
             acknowledged: initial,
             next: initial,
             highest: initial,
@@ -138,7 +136,7 @@ impl Flow {
             host_ended: false,
             end_acknowledged: false,
             duplicates: 0,
-            receive: Ring::new(RING),
+            receive: Ring::new(path.room),
             expected: 0,
             guest_ended: false,
             shut: false,
@@ -487,7 +485,7 @@ impl Flow {
     /// Guest to host: what waits in the ring, then the end.
     fn flush(&mut self) -> Result<(), ()> {
         while self.writable && !self.receive.is_empty() {
-            let [first, second] = self.receive.range(0, RING);
+            let [first, second] = self.receive.range(0, usize::MAX);
             let parts = [IoSlice::new(first), IoSlice::new(second)];
             match rustix::io::writev(&self.socket, &parts) {
                 Ok(count) => self.receive.consume(count),
@@ -583,7 +581,7 @@ impl Flow {
     fn send_acknowledgement(&mut self, link: &mut impl Link) -> bool {
         // A window that was nearly closed and has opened by half is news (RFC 9293 §3.8.6.2.2).
         let known = self.announced.wrapping_sub(self.expected) as usize;
-        let opened = self.receive.room() >= known + RING / 2;
+        let opened = self.receive.room() >= known + self.path.room / 2;
         if !self.acknowledge && !opened {
             return true;
         }

@@ -87,6 +87,8 @@ pub(crate) struct Path {
     pub(crate) guest: SocketAddr,
     pub(crate) remote: SocketAddr,
     pub(crate) offloads: Offloads,
+    /// Bytes that may wait in each direction, a multiple of 16 KiB.
+    pub(crate) room: usize,
 }
 
 impl Path {
@@ -219,6 +221,7 @@ mod tests {
             guest: "10.0.2.2:4000".parse().unwrap(),
             remote: "192.0.2.1:80".parse().unwrap(),
             offloads: Offloads::default(),
+            room: 16 << 10,
         };
         let out = Outgoing {
             sequence: 7,

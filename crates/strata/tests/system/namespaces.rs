@@ -51,8 +51,9 @@ impl World {
             format!("-n {here} -6 route add default via 2001:db8::2"),
             format!("netns exec {here} sysctl -qw net.ipv4.ping_group_range=0\t2147483647"),
         ];
-        made.iter()
-            .for_each(|words| assert!(ip(words), "ip {words}"));
+        for words in made {
+            assert!(ip(&words), "ip {words}");
+        }
         Some(world)
     }
 

@@ -59,6 +59,7 @@ fn forwarded() -> (Flow, TcpStream, Recorder) {
             tso4: true,
             tso6: true,
         },
+        room: 256 << 10,
     };
     let mut flow = Flow::accepted(path, OwnedFd::from(socket), INITIAL, Instant::now());
     let mut link = Recorder::default();
