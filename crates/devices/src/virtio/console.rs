@@ -24,6 +24,8 @@ const CONTROL_TRANSMIT: usize = 3;
 const CONTROL_SIZE: usize = 8;
 /// Messages that may wait for the driver to post buffers before more of its own are read.
 const MAX_WAITING: usize = 4 * QUEUE_SIZE as usize;
+/// Bytes of output that are kept of each port when the device is reset.
+const MAX_LATE: usize = 4 << 20;
 
 /// Control events (§5.3.6.2).
 mod event {
@@ -53,6 +55,9 @@ struct Port {
     host_open: bool,
     /// Output that the owner has taken a part of, and how much.
     sending: Option<(Chain, u64)>,
+    /// Output of before a reset that the owner has not taken yet. Linux resets its devices as it
+    /// goes down, and does not wait for what it wrote before.
+    late: Vec<u8>,
 }
 
 /// A console device with one or more ports.
@@ -71,6 +76,7 @@ impl Console {
             guest_open: false,
             host_open: true,
             sending: None,
+            late: Vec::new(),
         };
         Self {
             ports: ports.into_iter().take(MAX_PORTS).map(port).collect(),
@@ -196,6 +202,9 @@ impl Console {
         };
         let queue = Self::transmit_queue(port);
         let mut room = room;
+        let late = state.late.len().min(room);
+        out.extend(state.late.drain(..late));
+        room -= late;
         // The guest adds while we take, and may add nothing but empty buffers.
         for _ in 0..QUEUE_SIZE {
             if room == 0 {
@@ -293,6 +302,16 @@ impl VirtioDevice for Console {
             && features & FEATURE_MULTIPORT == 0
         {
             port.guest_open = true;
+        }
+    }
+
+    fn before_reset(&mut self, transport: &mut Transport) {
+        for port in 0..self.ports.len() {
+            let mut late = std::mem::take(&mut self.ports[port].late);
+            let room = MAX_LATE.saturating_sub(late.len());
+            // once round the queue: what a driver adds meanwhile is not of before
+            self.take_output(transport, port, room, &mut late);
+            self.ports[port].late = late;
         }
     }
 

@@ -76,6 +76,9 @@ pub trait VirtioDevice {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// The driver is ready, and `features` are in force.
     fn activate(&mut self, _features: u64) {}
+    /// The driver is about to reset the device. What it has made available is done for the last time
+    /// now, or never.
+    fn before_reset(&mut self, _transport: &mut Transport) {}
     /// The device was reset. Chains it holds are to be dropped.
     fn reset(&mut self) {}
 }

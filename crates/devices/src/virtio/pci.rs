@@ -153,6 +153,9 @@ impl<D: VirtioDevice> VirtioPci<D> {
     }
 
     fn write_common(&mut self, offset: u64, data: &[u8]) {
+        if self.transport.is_reset(offset, data) {
+            self.device.before_reset(&mut self.transport);
+        }
         match self.transport.write_common(offset, data) {
             Transition::None => {}
             Transition::Activated => self.device.activate(self.transport.features()),

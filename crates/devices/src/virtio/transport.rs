@@ -358,6 +358,11 @@ impl Transport {
         copy_config(&image, offset, data);
     }
 
+    /// Whether this store would reset the device.
+    pub(super) fn is_reset(&self, offset: u64, data: &[u8]) -> bool {
+        !self.resetting && offset == common::DEVICE_STATUS && *data == [0]
+    }
+
     /// A store to the common configuration structure. Stores that are not to one whole
     /// field (or half of a 64-bit one) are ignored.
     pub(super) fn write_common(&mut self, offset: u64, data: &[u8]) -> Transition {

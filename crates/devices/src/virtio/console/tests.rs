@@ -188,3 +188,21 @@ fn a_driver_without_multiport_has_port_zero_open() {
 
     assert!(device.device().guest_open(0));
 }
+
+#[test]
+fn output_of_before_a_reset_is_there_after_it() {
+    let mut guest = guest();
+    let queue = Console::transmit_queue(1);
+    for text in [&b"said "[..], b"before ", b"going"] {
+        let buffer = guest.driver.place(text);
+        guest.driver.offer(queue, &[buffer], &[]);
+    }
+    // a part of it was taken already
+    assert_eq!(guest.take(1, 3), b"sai");
+
+    guest.driver.start(&mut guest.device, u64::MAX);
+
+    assert_eq!(guest.take(1, 4), b"d be");
+    assert_eq!(guest.take(1, 100), b"fore going");
+    assert!(guest.take(1, 100).is_empty());
+}
