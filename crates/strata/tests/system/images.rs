@@ -205,6 +205,21 @@ fn what_an_image_writes_goes_to_a_disk_that_no_one_sees() {
 }
 
 #[test]
+fn an_image_has_its_machines_name_and_network() {
+    let files = Layer::new().add("etc/hostname", 0o644, b"built-here\n");
+    let store = Store::new(&[base().bytes(), files.bytes()], &json!({}));
+
+    let options = ["--network", "user", "--name", "web"];
+    let ended = store.run_with(&options, &["tell", "names"], b"").expect(0);
+
+    let text = ended.text();
+    for line in ["web", "127.0.0.1 localhost web", "nameserver 10.0.2.1"] {
+        assert!(text.lines().any(|is| is == line), "{line}: {text}");
+    }
+    assert!(!text.contains("built-here"), "{text}");
+}
+
+#[test]
 fn an_images_own_init_gets_the_machine() {
     let directory = tempfile::tempdir().unwrap();
     let program = directory.path().join("init");

@@ -17,6 +17,11 @@ int main(int argc, char **argv) {
     struct statvfs room;
     if (argc > 1 && !strcmp(argv[1], "room") && !statvfs("/", &room))
         printf("%lu MiB\n", room.f_blocks * room.f_frsize >> 20);
+    const char *told[] = {"/etc/hostname", "/etc/hosts", "/etc/resolv.conf"};
+    for (int i = 0; i < 3 && argc > 1 && !strcmp(argv[1], "names"); i++) {
+        FILE *f = fopen(told[i], "r");
+        while (f && fgets(line, sizeof line, f)) fputs(line, stdout);
+    }
     FILE *f = fopen("/kept", "a");
     printf("write %s\n", f ? "yes" : "no");
     while (fgets(line, sizeof line, stdin)) fputs(line, stdout);
