@@ -280,7 +280,7 @@ impl Window {
     };
 }
 
-/// Large pages in a row, as a place of ring 3's that roams may access them.
+/// Pages in a row, of any sizes, as a place of ring 3's that roams may access them.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct WideWindow {
