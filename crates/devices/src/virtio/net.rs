@@ -110,8 +110,8 @@ pub struct Net {
     config: NetConfig,
     link: bool,
     accepts: Accepts,
-    /// What it accepts has changed since the owner asked.
-    changed: bool,
+    /// What the owner was told of it. At first, and behind a reset, nothing is accepted.
+    told: Accepts,
     /// A frame may take several buffers.
     mergeable: bool,
 }
@@ -123,7 +123,7 @@ impl Net {
             config,
             link: true,
             accepts: Accepts::default(),
-            changed: false,
+            told: Accepts::default(),
             mergeable: false,
         }
     }
@@ -133,9 +133,10 @@ impl Net {
         self.mergeable
     }
 
-    /// What the driver accepts, if that has changed since the last call.
+    /// What the driver accepts, if that is not what the last call gave; nothing, at first.
     pub fn take_accepts(&mut self) -> Option<Accepts> {
-        std::mem::take(&mut self.changed).then_some(self.accepts)
+        let told = std::mem::replace(&mut self.told, self.accepts);
+        (told != self.accepts).then_some(self.accepts)
     }
 
     /// The network is gone, or there again: tells the driver.
@@ -253,13 +254,11 @@ impl VirtioDevice for Net {
             tso6: checksum && has(feature::GUEST_TSO6),
         };
         self.mergeable = has(feature::MRG_RXBUF);
-        self.changed = true;
     }
 
     fn reset(&mut self) {
         self.accepts = Accepts::default();
         self.mergeable = false;
-        self.changed = true;
     }
 }
 
