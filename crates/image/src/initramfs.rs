@@ -1,14 +1,11 @@
-//! The contents of the appliance's initramfs: `BusyBox`, kernel modules and the scripts of
-//! the folder `guest`. Called by `appliance`; pure, no files.
+//! The contents of the appliance's initramfs: `BusyBox`, kernel modules and a few files.
+//! Process 1 comes with each session. Called by `appliance`; pure, no files.
 
 use sha2::{Digest, Sha256};
 
 use crate::cpio::Archive;
 use crate::manifest::hex;
 use crate::modules::{self, Set};
-
-/// What the guest's shell writes first on its console. All before it is boot messages.
-pub const GREETING: &str = "Strata guest: Linux ";
 
 /// Modules without which the appliance is of no use.
 pub(crate) const REQUIRED_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
@@ -42,7 +39,6 @@ const DIRECTORIES: &[&str] = &[
     "etc",
     "lib",
     "lib/modules",
-    "lib/strata",
     "mnt",
     "proc",
     "root",
@@ -57,22 +53,9 @@ const DIRECTORIES: &[&str] = &[
 ];
 
 const FILES: &[(&str, u32, &str)] = &[
-    ("etc/inittab", 0o644, include_str!("../guest/inittab")),
-    ("etc/fstab", 0o644, include_str!("../guest/fstab")),
     ("etc/profile", 0o644, include_str!("../guest/profile")),
     ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\n"),
     ("etc/group", 0o644, "root:x:0:\n"),
-    ("etc/hosts", 0o644, "127.0.0.1 localhost strata\n"),
-    (
-        "lib/strata/fstab.dev",
-        0o644,
-        include_str!("../guest/fstab.dev"),
-    ),
-    ("lib/strata/main", 0o755, include_str!("../guest/main")),
-    ("lib/strata/image", 0o644, include_str!("../guest/image")),
-    ("lib/strata/layers", 0o644, include_str!("../guest/layers")),
-    ("lib/strata/become", 0o755, include_str!("../guest/become")),
-    ("lib/strata/down", 0o755, include_str!("../guest/down")),
 ];
 
 /// Fingerprint of all in this crate that shapes an appliance, sixteen hex digits. Two versions
@@ -113,8 +96,7 @@ pub(crate) fn build(busybox: &[u8], kernel_release: &str, set: &Set) -> Vec<u8> 
 
     archive.file("bin/busybox", 0o755, busybox);
     archive.symlink("bin/sh", "busybox");
-    // The kernel starts /init; BusyBox is what it is called as.
-    archive.symlink("init", "bin/busybox");
+    // The kernel starts /init, which comes with each session.
     for (path, mode, text) in FILES {
         archive.file(path, *mode, text.as_bytes());
     }
@@ -152,14 +134,6 @@ mod tests {
     }
 
     #[test]
-    fn every_driver_that_the_guest_loads_is_asked_for() {
-        let main = include_str!("../guest/main").to_owned() + include_str!("../guest/layers");
-        for name in REQUIRED_MODULES.iter().chain(OPTIONAL_MODULES) {
-            assert!(main.contains(name), "{name}");
-        }
-    }
-
-    #[test]
     fn modules_are_where_modprobe_looks_for_them() {
         let module = modules::parse("virtio-rng.ko", module_file("depends=\0")).unwrap();
         let set = Set::from([("virtio_rng".to_owned(), module)]);
@@ -169,11 +143,6 @@ mod tests {
         let has = |name: &str| entries.iter().any(|entry| entry.0 == name);
         assert!(has("lib/modules/6.1.0/virtio-rng.ko"));
         assert!(has("lib/modules/6.1.0/modules.dep"));
-    }
-
-    #[test]
-    fn the_greeting_is_what_the_guest_says() {
-        assert!(include_str!("../guest/main").contains(GREETING));
     }
 
     #[test]

@@ -7,9 +7,9 @@
 //!  apt-get download ──> .deb files ──> vmlinuz ───────────────┐
 //!       (apt)             (deb)        kernel modules (modules)│
 //!                                      busybox                 ├──> cache directory
-//!                                      guest scripts ──(cpio)──┘    vmlinuz, initramfs.cpio,
+//!                                      a few files ────(cpio)──┘    vmlinuz, initramfs.cpio,
 //!                                                                   manifest.json
-//!  Network, Session (what this run wants) ──(cpio)──> a second, small initramfs segment
+//!  Session (what this run wants), process 1 ──(cpio)──> a second, small initramfs segment
 //! ```
 //!
 //! The `strata` binary calls it before it builds a machine. This crate must never know of
@@ -34,7 +34,6 @@ pub use apt::apt_version;
 pub use cache::{Cache, CacheState};
 pub use cpio::Archive;
 pub use error::Error;
-pub use initramfs::GREETING;
 pub use manifest::{FileRecord, Manifest, SourceRecord};
 pub use progress::{Progress, Silent};
-pub use session::{Container, Network, Ports, Session, Start};
+pub use session::segment;

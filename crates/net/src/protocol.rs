@@ -2,6 +2,7 @@
 //! is to be forwarded to it; the answer says its addresses, or why it may not join. All later
 //! messages are frames behind their [header](crate::offload), or [`Offloads`](crate::Offloads).
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -38,6 +39,17 @@ pub struct Forward {
     pub host: SocketAddr,
     /// The guest's port.
     pub guest: u16,
+}
+
+/// As `127.0.0.1:8080->80/tcp`.
+impl fmt::Display for Forward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        };
+        write!(f, "{}->{}/{protocol}", self.host, self.guest)
+    }
 }
 
 /// The first message on a port.

@@ -12,6 +12,9 @@ use strata_net::Forward;
 use crate::disk::DiskCommand;
 use crate::exit;
 use crate::image::ImageArgs;
+use crate::machines::{
+    CopyArgs, ExecArgs, KillArgs, LogsArgs, PsArgs, RemoveArgs, StatsArgs, StopArgs, WaitArgs,
+};
 use crate::units::{self, Disk, Module, Network};
 
 const RUN_KEYS: &str = "\
@@ -38,6 +41,34 @@ pub(crate) enum Command {
     /// with -- CMD the command runs in the guest instead, with this process's standard input,
     /// output and error, and its exit status.
     Run(Box<RunArgs>),
+    /// List machines: those that run, or all
+    Ps(PsArgs),
+    /// Run a program in a machine that runs
+    ///
+    /// It runs as the machine's image says, with this process's standard output and error, and its
+    /// status is this one's: 126 and 127 as in a shell. In a machine with a kernel of its own there
+    /// is nobody to ask.
+    Exec(ExecArgs),
+    /// Print what a machine in the background printed
+    Logs(LogsArgs),
+    /// Copy files between this host and a machine that runs
+    Cp(CopyArgs),
+    /// Stop machines: ask first, then end them
+    Stop(StopArgs),
+    /// Start machines again that have ended
+    Start {
+        /// The machines: names, or first digits of IDs
+        #[arg(required = true, value_name = "MACHINE")]
+        machines: Vec<String>,
+    },
+    /// End machines at once, or send their commands a signal
+    Kill(KillArgs),
+    /// Wait until a machine ends, and end with its status
+    Wait(WaitArgs),
+    /// Remove machines that have ended, with their disks and logs
+    Rm(RemoveArgs),
+    /// Tell what machines use: processors, memory, network and disks
+    Stats(StatsArgs),
     /// Make, look at, change and copy disk images
     #[command(subcommand)]
     Disk(DiskCommand),
@@ -54,6 +85,12 @@ pub(crate) enum Command {
     /// Enter the sandbox and say what became of each of its layers
     #[command(name = crate::sandbox::SUBCOMMAND, hide = true)]
     SandboxProbe,
+    /// Be a machine in the background
+    #[command(name = crate::machines::MACHINE, hide = true)]
+    Machine {
+        /// Its ID
+        id: String,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -101,9 +138,16 @@ pub(crate) struct RunArgs {
           value_parser = units::forward)]
     pub(crate) forwards: Vec<Forward>,
 
-    /// The machine's name, by which others on its network find it
+    /// The machine's name, by which you and others on its network find it. One in the background
+    /// gets a name where none is given
     #[arg(long, value_name = "NAME", value_parser = units::name)]
     pub(crate) name: Option<String>,
+
+    /// Run in the background, and print the machine's name. It stays, with what it wrote, until
+    /// 'strata rm'; 'strata logs' prints what it printed
+    #[arg(short, long, conflicts_with_all = ["console_log", "stats"])]
+    pub(crate) detach: bool,
+
     /// Container image to run the command in, one that 'strata image pull' has fetched. Without
     /// -- CMD it is the image's own; with it, CMD stands in place of the image's arguments
     #[arg(long, value_name = "NAME", conflicts_with = "kernel")]

@@ -3,10 +3,11 @@
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use strata_image::Session;
+use strata_machines::Stream as LogStream;
+use strata_protocol::PORTS;
 use strata_vmm::ConsolePort;
 
-use crate::console::output_lost;
+use crate::console::{Ring, output_lost};
 use crate::streams::{self, read_stdin};
 use crate::supervisor::Stopper;
 
@@ -22,7 +23,7 @@ pub(crate) struct Progress {
     pub(crate) exit: Option<u8>,
 }
 
-/// Reads the lines of the status port; see [`strata_image::Ports::status`].
+/// Reads the lines of the status port; see [`strata_protocol::PORTS`].
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Status {
     progress: Arc<Mutex<Progress>>,
@@ -65,9 +66,20 @@ impl Write for Status {
     }
 }
 
-/// The ports for a command, in the order the guest relies on.
-pub(crate) fn ports(status: &Status, stopper: &Stopper) -> Vec<ConsolePort> {
-    let names = Session::PORTS;
+/// The ports for a command, in the order the guest relies on: this process's streams, or what is
+/// kept in the background, where nothing is read.
+pub(crate) fn ports(status: &Status, stopper: &Stopper, ring: Option<&Ring>) -> Vec<ConsolePort> {
+    let written = |own, kept| -> Box<dyn Write + Send> {
+        match ring {
+            None => Box::new(Stream::new(own, stopper)),
+            Some(ring) => Box::new(ring.of(kept)),
+        }
+    };
+    let input: Box<dyn Read + Send> = match ring {
+        None => Box::new(Stdin),
+        Some(_) => Box::new(io::empty()),
+    };
+    let [stdin, stdout, stderr, status_port] = PORTS;
     let output = |name: &str, write: Box<dyn Write + Send>| ConsolePort {
         name: name.to_owned(),
         input: None,
@@ -75,19 +87,13 @@ pub(crate) fn ports(status: &Status, stopper: &Stopper) -> Vec<ConsolePort> {
     };
     vec![
         ConsolePort {
-            name: names.stdin.to_owned(),
-            input: Some(Box::new(Stdin)),
+            name: stdin.to_owned(),
+            input: Some(input),
             output: None,
         },
-        output(
-            names.stdout,
-            Box::new(Stream::new(streams::Stream::Stdout, stopper)),
-        ),
-        output(
-            names.stderr,
-            Box::new(Stream::new(streams::Stream::Stderr, stopper)),
-        ),
-        output(names.status, Box::new(status.clone())),
+        output(stdout, written(streams::Stream::Stdout, LogStream::Stdout)),
+        output(stderr, written(streams::Stream::Stderr, LogStream::Stderr)),
+        output(status_port, Box::new(status.clone())),
     ]
 }
 

@@ -15,6 +15,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use strata_machines::{LogWriter, Stream as LogStream};
+
 use crate::keys::{self, Key, Keys};
 use crate::report::Stderr;
 use crate::streams::{Stream, read_stdin};
@@ -25,6 +27,49 @@ const TAIL_BYTES: usize = 64 << 10;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One stream of what is kept of a machine in the background.
+#[derive(Clone)]
+pub(crate) struct Ring {
+    log: Arc<Mutex<LogWriter>>,
+    stream: LogStream,
+}
+
+impl Ring {
+    /// Keeps the console in `log`.
+    pub(crate) fn new(log: LogWriter) -> Self {
+        Self {
+            log: Arc::new(Mutex::new(log)),
+            stream: LogStream::Console,
+        }
+    }
+
+    /// The same log for another stream.
+    pub(crate) fn of(&self, stream: LogStream) -> Self {
+        Self {
+            log: Arc::clone(&self.log),
+            stream,
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        // A full disk takes the words, and not the machine.
+        if let Err(error) = lock(&self.log).write(self.stream, bytes) {
+            tracing::debug!(%error, "the log");
+        }
+    }
+}
+
+impl Write for Ring {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.keep(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The last output of the console.
@@ -87,6 +132,7 @@ impl Gate {
 pub(crate) struct Output {
     show: Show,
     log: Option<File>,
+    ring: Option<Ring>,
     tail: Tail,
     gate: Gate,
     /// Text that opens the gate, and how much of it has just been seen.
@@ -100,12 +146,14 @@ impl Output {
     pub(crate) fn new(
         show: Show,
         log: Option<File>,
+        ring: Option<Ring>,
         greeting: &'static str,
         stopper: Stopper,
     ) -> Self {
         Self {
             show,
             log,
+            ring,
             tail: Tail::default(),
             gate: Gate::new(greeting.is_empty()),
             greeting: greeting.as_bytes(),
@@ -150,6 +198,9 @@ impl Write for Output {
             self.log = None;
             self.stopper
                 .stop(Stop::OutputFailed("the console log", error));
+        }
+        if let Some(ring) = &mut self.ring {
+            ring.keep(bytes);
         }
         let shown = match self.show {
             Show::Stdout => Stream::Stdout.write(bytes),
@@ -296,7 +347,7 @@ mod tests {
 
     #[test]
     fn the_greeting_suits_the_simple_search() {
-        let (first, rest) = strata_image::GREETING.as_bytes().split_first().unwrap();
+        let (first, rest) = strata_protocol::GREETING.as_bytes().split_first().unwrap();
         assert!(!rest.contains(first));
     }
 

@@ -65,6 +65,28 @@ impl End {
     }
 }
 
+impl End {
+    /// What happened to a machine, in a word or two.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Done => "powered off",
+            Self::Command(_) => "exited",
+            Self::DebugExit(_) => "debug exit",
+            Self::Timeout => "timed out",
+            Self::Signal(_) => "stopped",
+            Self::KernelPanic => "kernel panic",
+            Self::TripleFault => "triple fault",
+            Self::CommandNotStarted => "command not started",
+            Self::NotStarted => "not started",
+            Self::MachineFailed
+            | Self::Failed
+            | Self::Unfit
+            | Self::DiskDamaged
+            | Self::DiskLeaks => "failed",
+        }
+    }
+}
+
 impl From<End> for ExitCode {
     fn from(end: End) -> Self {
         Self::from(end.status())

@@ -162,7 +162,7 @@ fn run(command: &ImageCommand) -> Result<String, Error> {
             let images = store.images()?;
             Ok(match form.output {
                 OutputForm::Text => table(&images),
-                OutputForm::Json => json(&images.iter().map(Told::of).collect::<Vec<_>>()),
+                OutputForm::Json => report::json(&images.iter().map(Told::of).collect::<Vec<_>>()),
             })
         }
         ImageCommand::Rm { images } => {
@@ -176,7 +176,7 @@ fn run(command: &ImageCommand) -> Result<String, Error> {
             let image = store.find(image)?;
             Ok(match form.output {
                 OutputForm::Text => details(&image),
-                OutputForm::Json => json(&Told {
+                OutputForm::Json => report::json(&Told {
                     config: Some(&image.config),
                     ..Told::of(&image)
                 }),
@@ -195,14 +195,10 @@ fn run(command: &ImageCommand) -> Result<String, Error> {
                     collected.files,
                     display_size(collected.bytes)
                 ),
-                OutputForm::Json => json(&collected),
+                OutputForm::Json => report::json(&collected),
             })
         }
     }
-}
-
-fn json(value: &impl Serialize) -> String {
-    serde_json::to_string_pretty(value).map_or_else(|error| error.to_string(), |text| text + "\n")
 }
 
 fn table(images: &[Image]) -> String {
@@ -219,22 +215,7 @@ fn table(images: &[Image]) -> String {
             ]
         })
         .collect();
-    let head = ["NAME", "ID", "LAYERS", "SIZE"];
-    let mut widths = head.map(str::len);
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.len().max(*width);
-        }
-    }
-    let mut text = String::new();
-    for row in std::iter::once(&head.map(str::to_owned)).chain(&rows) {
-        let mut line = String::new();
-        for (cell, width) in row.iter().zip(widths) {
-            let _ = write!(line, "{cell:width$}  ");
-        }
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
-    text
+    report::table(["NAME", "ID", "LAYERS", "SIZE"], &rows)
 }
 
 fn details(image: &Image) -> String {

@@ -12,6 +12,7 @@ mod exit;
 mod guard;
 mod image;
 mod keys;
+mod machines;
 mod manual;
 mod network;
 mod progress;
@@ -43,14 +44,29 @@ fn main() -> ExitCode {
             if let Err(error) = args.check() {
                 error.exit();
             }
-            run::run(&args, cli.verbose > 0).unwrap_or_else(|fault| {
-                report::say_error(&fault);
-                if let Some(advice) = fault.advice() {
-                    report::say(advice);
-                }
-                End::NotStarted
-            })
+            if args.detach {
+                told(machines::run_detached(&args).map(|name| name + "\n"))
+            } else {
+                run::run(&args, cli.verbose > 0).unwrap_or_else(|fault| {
+                    report::say_error(&fault);
+                    if let Some(advice) = fault.advice() {
+                        report::say(advice);
+                    }
+                    End::NotStarted
+                })
+            }
         }
+        Command::Ps(args) => told(machines::ps(&args)),
+        Command::Exec(args) => ended(machines::exec(&args)),
+        Command::Logs(args) => ended(machines::logs(&args)),
+        Command::Cp(args) => told(machines::copy(&args).map(|()| String::new())),
+        Command::Stop(args) => machines::stop(&args),
+        Command::Kill(args) => machines::kill(&args),
+        Command::Wait(args) => ended(machines::wait(&args)),
+        Command::Start { machines } => machines::start(&machines),
+        Command::Rm(args) => machines::remove(&args),
+        Command::Stats(args) => ended(machines::stats(&args)),
+        Command::Machine { id } => machines::become_machine(&id),
         Command::Disk(command) => disk::run(command).unwrap_or_else(|fault| disk::say(&fault)),
         Command::TerminalGuard => match guard::watch() {
             Ok(()) => End::Done,
@@ -67,6 +83,19 @@ fn main() -> ExitCode {
         },
     };
     end.into()
+}
+
+/// The end of what was done with machines.
+fn ended(result: Result<End, machines::Fault>) -> End {
+    result.unwrap_or_else(|fault| machines::say(&fault))
+}
+
+/// The end of what has something to tell.
+fn told(result: Result<String, machines::Fault>) -> End {
+    match result {
+        Ok(text) => print(text.as_bytes()),
+        Err(fault) => machines::say(&fault),
+    }
 }
 
 /// Writes to standard output; a reader that has gone is no error.

@@ -63,11 +63,12 @@ impl Fault {
     }
 }
 
-/// Gets the machine's place on the network that it is to have; `None` if it is to have none.
-pub(crate) fn join(args: &RunArgs) -> Result<Option<Joined>, Fault> {
+/// Gets the machine's place on the network that it is to have, under this name; `None` if it is to
+/// have none.
+pub(crate) fn join(args: &RunArgs, name: Option<String>) -> Result<Option<Joined>, Fault> {
     let network = args.network();
     let hello = Hello {
-        name: args.name.clone(),
+        name,
         forwards: args.forwards.clone(),
     };
     let joined = match &network.wire {

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::io::{self, Write};
 
+use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -48,6 +49,31 @@ pub(crate) fn start_log(verbosity: u8) {
         .with_ansi(false)
         .without_time()
         .try_init();
+}
+
+/// A value for programs to read.
+pub(crate) fn json(value: &impl Serialize) -> String {
+    serde_json::to_string_pretty(value).map_or_else(|error| error.to_string(), |text| text + "\n")
+}
+
+/// Rows as a table with a head, the columns as wide as they have to be.
+pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+    let mut widths = head.map(|text| text.chars().count());
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut text = String::new();
+    for row in std::iter::once(&head.map(str::to_owned)).chain(rows) {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            line += &format!("{cell:width$}  ");
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
 }
 
 /// Standard error, also right on a terminal in raw mode.

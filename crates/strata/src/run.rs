@@ -1,15 +1,17 @@
 //! `strata run`: from arguments to a machine, and from its end to an exit status.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 use strata_disk::Format;
 use strata_image::oci::{self, Lease, Store};
-use strata_image::{Container, GREETING, Network, Session, Start};
+use strata_machines::{LogWriter, Machine as Known, Registry};
 use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
+use strata_protocol::{Container, GREETING, Network, Run, Session, Size};
 use strata_sandbox::Role;
 use strata_vmm::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
@@ -19,15 +21,17 @@ use strata_vmm::{
 use crate::appliance;
 use crate::cli::{Accelerator, Init, RunArgs};
 use crate::command::{self, Status};
-use crate::console::{KeyInput, Output, PipeInput, Show, Tail, Typist};
+use crate::console::{KeyInput, Output, PipeInput, Ring, Show, Tail, Typist};
 use crate::exit::End;
 use crate::guard::Guard;
+use crate::machines::{self, Background};
 use crate::network;
-use crate::report::say;
+use crate::report::{self, say};
 use crate::sandbox;
 use crate::stats::{Maps, Stats};
 use crate::supervisor::{Stop, Supervisor};
 use crate::terminal::{self, RawMode};
+use crate::units;
 
 /// Kernel command line of the default appliance. The console is the serial line; a panic
 /// resets at once, so that a run never hangs on one; boot messages stay out of the way.
@@ -35,6 +39,11 @@ const APPLIANCE_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
 /// Added where boot messages are not asked for with `-v`.
 const QUIET: &str = "quiet";
+
+/// What the image of a machine in the background writes, in the machine's directory, and how much
+/// that may be if nothing is said, bytes. It takes room as it is written to.
+const SCRATCH: &str = "scratch.img";
+const SCRATCH_SIZE: u64 = 16 << 30;
 
 /// How much of a hidden console is shown when the guest dies, lines.
 const SHOWN_ON_DEATH: usize = 60;
@@ -61,6 +70,10 @@ pub(crate) enum Fault {
     /// The machine has not the network that it is to have.
     #[error(transparent)]
     Network(#[from] network::Fault),
+
+    /// The machine cannot be made known, or its log kept.
+    #[error(transparent)]
+    Registry(#[from] Box<machines::Fault>),
 
     /// This process is not locked up as it has to be.
     #[error(transparent)]
@@ -97,6 +110,12 @@ impl Fault {
             ),
             Self::Image(error) => error.advice(),
             Self::NoCommand(_) => Some("give one after --, such as -- /bin/sh"),
+            Self::Registry(fault) => match fault.as_ref() {
+                machines::Fault::Registry(strata_machines::Error::NoStateDirectory) => {
+                    Some("set XDG_STATE_HOME to a directory that can be written to")
+                }
+                _ => None,
+            },
             Self::Sandbox(sandbox::Fault::Incomplete(_)) => Some(
                 "use --sandbox auto to run with the layers that there are; 'strata doctor' lists \
                  them",
@@ -106,14 +125,83 @@ impl Fault {
     }
 }
 
-/// Runs a machine to its end.
+/// Runs a machine to its end, with this process's streams.
 pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
+    let mut known = register(args)?;
+    let (end, _) = go(args, verbose, &mut known, false)?;
+    Ok(end)
+}
+
+/// Runs a machine to its end in the background, where it remembers how that came.
+pub(crate) fn in_background(args: &RunArgs, known: Background) -> End {
+    let mut known = Some(known);
+    let (end, reason) = go(args, false, &mut known, true).unwrap_or_else(|fault| {
+        // Read by whoever started this process, if nothing runs yet.
+        report::say_error(&fault);
+        if let Some(advice) = fault.advice() {
+            report::say(advice);
+        }
+        (End::NotStarted, Some(fault.to_string()))
+    });
+    if let Some(Background { claim, .. }) = known {
+        let reason = reason.unwrap_or_else(|| end.word().to_owned());
+        let _ = claim.end(strata_machines::End::now(end.status(), reason));
+    }
+    end
+}
+
+/// Makes a machine in the foreground known, so that others can find it. One that has no name goes
+/// without where that is not possible.
+fn register(args: &RunArgs) -> Result<Option<Background>, Fault> {
+    let registered = machines::spec(args).and_then(|spec| {
+        let (machine, claim) = Registry::of_user()?.create_ephemeral(&spec)?;
+        Ok(Background { machine, claim })
+    });
+    match registered {
+        Ok(known) => Ok(Some(known)),
+        Err(machines::Fault::Run(fault)) => Err(*fault),
+        Err(fault) if args.name.is_some() => Err(Fault::Registry(Box::new(fault))),
+        Err(fault) => {
+            tracing::info!("this machine cannot be found by others: {fault}");
+            Ok(None)
+        }
+    }
+}
+
+/// Runs a machine to its end; gives that, and what there is to say of it.
+fn go(
+    args: &RunArgs,
+    verbose: bool,
+    known: &mut Option<Background>,
+    detached: bool,
+) -> Result<(End, Option<String>), Fault> {
     strata_vmm::give_back_large_blocks();
-    let joined = network::join(args)?;
+    // Only what was named, or will be there again, is found by its name.
+    let machine = known.as_ref().map(|known| &known.machine);
+    let name = match (&args.name, machine) {
+        (None, Some(machine)) if detached => Some(machine.name().to_owned()),
+        (name, _) => name.clone(),
+    };
+    let joined = network::join(args, name.clone())?;
     // An image has a command of its own, which talks to people on the console.
     let runs_image = args.image.is_some() && args.init == Init::Strata;
-    let wants_command = !args.command.is_empty() || (runs_image && !io::stdin().is_terminal());
-    let boot = Boot::prepare(args, verbose, !wants_command, joined.as_ref())?;
+    let is_quiet = detached || !io::stdin().is_terminal();
+    let wants_command = !args.command.is_empty() || (runs_image && is_quiet);
+    let talk = match (wants_command, detached) {
+        (true, _) => Talk::OnPorts,
+        (false, true) => Talk::Nobody,
+        (false, false) => Talk::OnConsole,
+    };
+    let place = machine.filter(|_| detached).map(Known::directory);
+    let ring = place
+        .as_deref()
+        .map(|place| LogWriter::open(&place.join(machines::LOG)));
+    let ring = ring
+        .transpose()
+        .map_err(machines::Fault::from)
+        .map_err(Box::new)?;
+    let ring = ring.map(Ring::new);
+    let boot = Boot::prepare(args, verbose, talk, joined.as_ref(), name, place.as_deref())?;
     let supervisor = Supervisor::new();
     let log = args.console_log.as_deref().map(|path| {
         File::create(path).map_err(Fault::host(format!(
@@ -122,17 +210,24 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         )))
     });
     let show = match (wants_command, verbose) {
+        _ if detached => Show::Hidden,
         (false, _) => Show::Stdout,
         (true, true) => Show::Stderr,
         (true, false) => Show::Hidden,
     };
-    let output = Output::new(show, log.transpose()?, boot.greeting, supervisor.stopper());
+    let output = Output::new(
+        show,
+        log.transpose()?,
+        ring.clone(),
+        boot.greeting,
+        supervisor.stopper(),
+    );
     let tail = output.tail();
     let gate = output.gate();
     let status = Status::default();
 
     // The terminal becomes raw only when all else is well.
-    let on_terminal = !wants_command && io::stdin().is_terminal();
+    let on_terminal = talk == Talk::OnConsole && io::stdin().is_terminal();
     let mut config = MachineConfig {
         cpus: args.cpus,
         memory: args.memory,
@@ -156,7 +251,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     let mut guard = None;
     let mut typist = None;
     if wants_command {
-        config.ports = command::ports(&status, &supervisor.stopper());
+        config.ports = command::ports(&status, &supervisor.stopper(), ring.as_ref());
     } else if on_terminal {
         guard = Guard::start()
             .inspect_err(|error| tracing::warn!(%error, "no guard for the terminal"))
@@ -164,7 +259,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         let (keys, reader) = KeyInput::new(gate, supervisor.stopper());
         config.console.input = Some(Box::new(keys));
         typist = Some(reader);
-    } else {
+    } else if !detached {
         config.console.input = Some(Box::new(PipeInput::new(gate)));
     }
 
@@ -178,6 +273,13 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     let maps = maps.map_err(Fault::host("look at this process's memory"))?;
 
     strata_vmm::give_back_program();
+    if let Some(known) = known {
+        let started = known.claim.started();
+        started.map_err(machines::Fault::from).map_err(Box::new)?;
+    }
+    if detached {
+        machines::tell_started().map_err(Fault::host("leave the terminal"))?;
+    }
     // All is open; no thread has been started yet, as most locks ask for.
     sandbox::lock_up(args.sandbox, Role::Machine)?;
     let machine = opened.build().map_err(Fault::Machine)?;
@@ -226,6 +328,24 @@ fn words(image: &oci::Image, given: &[OsString]) -> Vec<OsString> {
     words
 }
 
+fn bytes_of(words: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Vec<Vec<u8>> {
+    let words = words.into_iter();
+    words
+        .map(|word| word.as_ref().as_bytes().to_vec())
+        .collect()
+}
+
+/// What Linux calls the nth virtio disk, counted from 0: vda to vdz, vdaa to vdzz.
+fn disk_name(number: usize) -> String {
+    let letter = |number: usize| char::from(b'a' + (number % 26) as u8);
+    let mut name = "vd".to_owned();
+    if number >= 26 {
+        name.push(letter(number / 26 - 1));
+    }
+    name.push(letter(number));
+    name
+}
+
 fn disks(args: &RunArgs) -> Vec<DiskConfig> {
     args.disks
         .iter()
@@ -247,6 +367,15 @@ fn modules(args: &RunArgs) -> Vec<BootModule> {
         .collect()
 }
 
+/// Where what runs in the guest has its streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Talk {
+    OnConsole,
+    OnPorts,
+    /// Nothing runs by itself.
+    Nobody,
+}
+
 /// What is booted.
 struct Boot {
     kernel: PathBuf,
@@ -262,11 +391,14 @@ struct Boot {
 }
 
 impl Boot {
+    /// `place` is where the disk is kept of a machine that lasts.
     fn prepare(
         args: &RunArgs,
         verbose: bool,
-        on_console: bool,
+        talk: Talk,
         joined: Option<&Joined>,
+        name: Option<String>,
+        place: Option<&Path>,
     ) -> Result<Self, Fault> {
         let mut disks = disks(args);
         if let Some(kernel) = &args.kernel {
@@ -292,25 +424,35 @@ impl Boot {
                 return Err(Fault::NoCommand(name.clone()));
             }
             let config = image.config.config().clone().unwrap_or_default();
+            let first = disks.len();
+            let count = image.layers.len();
             container = Some(Container {
-                first_disk: disks.len(),
-                layers: image.layers.len(),
-                environment: config.env().clone().unwrap_or_default(),
+                layers: (first..first + count).map(disk_name).collect(),
+                scratch: (place.is_some() || args.scratch.is_some())
+                    .then(|| disk_name(first + count)),
+                environment: bytes_of(config.env().iter().flatten()),
                 user: config.user().clone().unwrap_or_default(),
                 directory: config.working_dir().clone().unwrap_or_default(),
-                start: match args.init {
-                    Init::Image => Start::Init,
-                    Init::Strata if on_console => Start::OnConsole,
-                    Init::Strata => Start::OnPorts,
-                },
-                has_scratch: args.scratch.is_some(),
+                volumes: config.volumes().clone().unwrap_or_default(),
+                stop_signal: config
+                    .stop_signal()
+                    .as_ref()
+                    .and_then(|name| units::signal(name).ok()),
             });
             disks.extend(image.layers.into_iter().map(|layer| DiskConfig {
                 path: layer.path,
                 format: Some(Format::Raw),
                 read_only: true,
             }));
-            if let Some(size) = args.scratch {
+            if let Some(place) = place {
+                let path = place.join(SCRATCH);
+                oci::scratch_at(&path, args.scratch.unwrap_or(SCRATCH_SIZE))?;
+                disks.push(DiskConfig {
+                    path,
+                    format: Some(Format::Raw),
+                    read_only: false,
+                });
+            } else if let Some(size) = args.scratch {
                 let file = oci::scratch(&store, size)?;
                 disks.push(DiskConfig {
                     path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
@@ -322,17 +464,28 @@ impl Boot {
         }
         let appliance = appliance::get().map_err(Fault::Appliance)?;
         let session = Session {
-            command,
+            run: match args.init {
+                Init::Image => Run::Init,
+                Init::Strata if !command.is_empty() => Run::Command {
+                    words: bytes_of(&command),
+                    on_console: talk == Talk::OnConsole,
+                },
+                Init::Strata if talk == Talk::Nobody => Run::Wait,
+                Init::Strata => Run::Shell,
+            },
             container,
-            term: std::env::var_os("TERM").filter(|_| io::stdout().is_terminal()),
-            size: terminal::size(),
-            name: args.name.clone(),
+            term: std::env::var_os("TERM")
+                .filter(|_| io::stdout().is_terminal())
+                .map(OsString::into_vec),
+            size: terminal::size().map(|(rows, columns)| Size { rows, columns }),
+            name,
             network: joined.map(|joined| Network {
                 address: joined.addresses.ipv4,
                 bits: SUBNET_BITS,
                 gateway: GATEWAY,
-                domain: DOMAIN,
+                domain: DOMAIN.to_owned(),
             }),
+            mounts: Vec::new(),
         };
         let mut command_line = APPLIANCE_COMMAND_LINE.to_owned();
         for more in (!verbose)
@@ -346,7 +499,7 @@ impl Boot {
             kernel: appliance.kernel,
             initrd: vec![
                 InitrdPart::File(appliance.initramfs),
-                InitrdPart::Bytes(session.segment()),
+                InitrdPart::Bytes(strata_image::segment(&session)),
             ],
             command_line: Some(command_line),
             // An init of the image's own says what it likes, and never that.
@@ -372,10 +525,10 @@ struct Ended<'a> {
 }
 
 impl Ended<'_> {
-    /// Says what is to be said and gives the end.
-    fn tell(&self) -> End {
+    /// Says what is to be said; gives the end and what there is to say of it.
+    fn tell(&self) -> (End, Option<String>) {
         let (end, message) = self.judge();
-        if let Some(message) = message {
+        if let Some(message) = &message {
             if let Some(tail) = self.tail
                 && !matches!(end, End::Timeout | End::Done)
             {
@@ -383,9 +536,9 @@ impl Ended<'_> {
                     eprintln!("{line}");
                 }
             }
-            say(&message);
+            say(message);
         }
-        end
+        (end, message)
     }
 
     fn judge(&self) -> (End, Option<String>) {

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use strata_disk::Format;
 use strata_net::{Forward, Protocol};
@@ -245,6 +245,46 @@ pub(crate) fn port(text: &str) -> Result<u16, String> {
     port.ok()
         .filter(|port| *port <= LAST_OF_FOUR)
         .ok_or_else(|| "a port is a number from 0 to 0xfffc, such as 0xf4".to_owned())
+}
+
+/// The first real-time signal that programs may use (signal(7)).
+const SIGRTMIN: u8 = 34;
+const SIGRTMAX: u8 = 64;
+
+/// Parses a signal: its number, or its name with or without SIG, such as TERM or SIGRTMIN+3.
+pub(crate) fn signal(text: &str) -> Result<u8, String> {
+    let fault = || format!("'{text}' is no signal: give a name such as TERM, or a number");
+    let name = text.to_ascii_uppercase();
+    let name = name.strip_prefix("SIG").unwrap_or(&name);
+    let number = match name.parse() {
+        Ok(number) => Some(number),
+        Err(_) => match name.strip_prefix("RTMIN") {
+            Some("") => Some(SIGRTMIN),
+            Some(more) => more
+                .strip_prefix('+')
+                .and_then(|more| SIGRTMIN.checked_add(more.parse().ok()?)),
+            None => (1..SIGRTMIN).find(|number| {
+                let known = signal_hook::low_level::signal_name((*number).into());
+                known.and_then(|known| known.strip_prefix("SIG")) == Some(name)
+            }),
+        },
+    };
+    number
+        .filter(|number| (1..=SIGRTMAX).contains(number))
+        .ok_or_else(fault)
+}
+
+/// A moment for people and programs to read, such as `2026-11-21T19:08:03.123Z` (RFC 3339).
+pub(crate) fn display_time(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}
+
+/// A time in seconds for people to read, such as `42 s` or `3 h`, rounded down.
+pub(crate) fn display_age(seconds: u64) -> String {
+    const UNITS: [(u64, &str); 3] = [(86_400, "d"), (3600, "h"), (60, "min")];
+    let unit = UNITS.iter().find(|(size, _)| seconds >= 2 * size);
+    let (size, name) = unit.unwrap_or(&(1, "s"));
+    format!("{} {name}", seconds / size)
 }
 
 /// A size in bytes for people to read, such as `512 MiB`.

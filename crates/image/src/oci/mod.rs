@@ -34,6 +34,6 @@ pub use digest::Digest;
 pub use error::Error;
 pub use export::export;
 pub use pull::{Bars, pull};
-pub use scratch::scratch;
+pub use scratch::{scratch, scratch_at};
 pub use source::{Name, Source};
 pub use store::{Collected, Image, Layer, Lease, Store};

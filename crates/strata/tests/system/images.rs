@@ -130,7 +130,7 @@ fn an_image_runs_as_its_configuration_says() {
     let ended = store.run(&[], b"input\n").expect(7);
 
     let expected = "1234:77 in /made/for it\n[tell]\n[it's]\n[two  words]\n\
-        MYTEXT=a b\nMYSTATUS=7\n/kept 100600\n/hidden/new 100640\n/dev/null 20666\n\
+        MYSTATUS=7\nMYTEXT=a b\n/kept 100600\n/hidden/new 100640\n/dev/null 20666\n\
         /proc/1 40555\nwrite no\ninput\n";
     assert_eq!(ended.text(), expected);
 }

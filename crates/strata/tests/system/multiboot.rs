@@ -148,7 +148,7 @@ fn exceptions_and_interrupts_reach_a_32_bit_kernel() {
         page fault at 40003004 code 2\n\
         stored 1234\n\
         interrupt, byte before return 80\n\
-        ticks a\n\
+        ten ticks 1\n\
         spun\n";
     assert_eq!(ended.text(), expected);
 }

@@ -1,0 +1,398 @@
+//! Programs that the host starts in the guest: their streams, terminal, signals and end.
+
+use std::collections::VecDeque;
+use std::io::BufReader;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Child;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+use strata_protocol::{
+    Exec, Failure, FailureKind, Input, MAX_DATA, Reply, Size, Status, Stream, read, write,
+};
+use vsock::VsockStream;
+
+use super::{Agent, Answer, failed};
+use crate::command::{self, Unable};
+use crate::place::{add_variables, word};
+use crate::sys;
+
+impl Agent {
+    /// Starts a program and serves it until its end.
+    pub(super) fn exec(
+        &self,
+        exec: &Exec,
+        stream: &VsockStream,
+        from: BufReader<&VsockStream>,
+    ) -> Answer {
+        let (child, ends) = self.start(exec)?;
+        let mut program = Program::new(child, ends, stream, from)?;
+        program.tell(&Reply::Started {
+            pid: program.child.id(),
+        });
+        program.serve()
+    }
+
+    fn start(&self, exec: &Exec) -> Result<(Child, Ends), Failure> {
+        let mut place = self.place()?;
+        if let Some(user) = &exec.user {
+            place = place.for_user(user).map_err(|message| Failure {
+                kind: FailureKind::NotFound,
+                message,
+            })?;
+        }
+        if let Some(directory) = &exec.directory {
+            place.directory = place.directory.join(word(directory));
+            place.make_directory = false;
+            if !place.directory.is_dir() {
+                let directory = place.directory.display();
+                return Err(Failure {
+                    kind: FailureKind::NotFound,
+                    message: format!("there is no directory '{directory}' in the {}", place.name),
+                });
+            }
+        }
+        if exec.terminal.is_some() {
+            place
+                .environment
+                .entry("TERM".into())
+                .or_insert("xterm".into());
+        }
+        add_variables(&mut place.environment, &exec.environment);
+        let unable = |Unable { status, message }| Failure {
+            kind: match status {
+                127 => FailureKind::NotFound,
+                126 => FailureKind::NotPossible,
+                _ => FailureKind::Other,
+            },
+            message,
+        };
+        let mut command =
+            command::prepare(&exec.words, &place, exec.terminal.is_some()).map_err(unable)?;
+        let (ends, [stdin, stdout, stderr]) = match exec.terminal {
+            Some(size) => on_terminal(size),
+            None => on_pipes(exec.input),
+        }
+        .map_err(failed("make streams for the program"))?;
+        if let (
+            Some(identity),
+            Ends {
+                terminal: false, ..
+            },
+        ) = (&place.identity, &ends)
+        {
+            sys::give([&stdin, &stdout, &stderr], identity);
+        }
+        let child = command
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(stderr)
+            .spawn()
+            .map_err(|error| unable(command::not_started(&exec.words, &error)))?;
+        Ok((child, ends))
+    }
+}
+
+/// The agent's ends of a program's streams.
+struct Ends {
+    /// Where its input goes, until that has ended.
+    input: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    /// All of them are a terminal.
+    terminal: bool,
+}
+
+type Streams = (Ends, [OwnedFd; 3]);
+
+fn on_terminal(size: Size) -> Result<Streams, Errno> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let terminal = ioctl_tiocgptpeer(&master, flags)?;
+    set_size(&master, size);
+    let copy = |of: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(of, 0);
+    let ends = Ends {
+        input: Some(copy(&master)?),
+        stdout: Some(master),
+        stderr: None,
+        terminal: true,
+    };
+    Ok((ends, [copy(&terminal)?, copy(&terminal)?, terminal]))
+}
+
+fn on_pipes(input: bool) -> Result<Streams, Errno> {
+    let (stdin, to) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (from_stdout, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (from_stderr, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
+    let ends = Ends {
+        input: input.then_some(to),
+        stdout: Some(from_stdout),
+        stderr: Some(from_stderr),
+        terminal: false,
+    };
+    Ok((ends, [stdin, stdout, stderr]))
+}
+
+fn set_size(terminal: &impl AsFd, size: Size) {
+    let size = Winsize {
+        ws_row: size.rows,
+        ws_col: size.columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let _ = tcsetwinsize(terminal, size);
+}
+
+/// How much of what a program wrote is still taken after its end, bytes: more than a pipe holds.
+/// What it left running could go on for ever.
+const LAST: usize = 1 << 20;
+
+/// A program that runs.
+struct Program<'a> {
+    child: Child,
+    pid: Pid,
+    /// Is readable when the program has ended.
+    end: OwnedFd,
+    ends: Ends,
+    /// Input that the program has not taken yet, and whether that is all.
+    pending: VecDeque<u8>,
+    input_ended: bool,
+    /// Where the host is, until it has gone.
+    host: Option<&'a VsockStream>,
+    from: BufReader<&'a VsockStream>,
+}
+
+/// Who can be served.
+#[derive(Debug, Default)]
+struct Ready {
+    end: bool,
+    host: bool,
+    input: bool,
+    stdout: bool,
+    stderr: bool,
+}
+
+impl<'a> Program<'a> {
+    fn new(
+        mut child: Child,
+        ends: Ends,
+        host: &'a VsockStream,
+        from: BufReader<&'a VsockStream>,
+    ) -> Result<Self, Failure> {
+        let pid = Pid::from_child(&child);
+        let watch = || {
+            for stream in [&ends.input, &ends.stdout, &ends.stderr]
+                .into_iter()
+                .flatten()
+            {
+                rustix::io::ioctl_fionbio(stream, true)?;
+            }
+            pidfd_open(pid, PidfdFlags::empty())
+        };
+        let end = watch()
+            .map_err(failed("watch the program"))
+            .inspect_err(|_| {
+                let _ = child.kill();
+                let _ = child.wait();
+            })?;
+        Ok(Self {
+            child,
+            pid,
+            end,
+            ends,
+            pending: VecDeque::new(),
+            input_ended: false,
+            host: Some(host),
+            from,
+        })
+    }
+
+    /// Moves what comes and goes until the program has ended and all it wrote is sent.
+    fn serve(&mut self) -> Answer {
+        let mut piece = vec![0; MAX_DATA];
+        let mut left = LAST;
+        loop {
+            let ready = self.wait().map_err(failed("wait for the program"))?;
+            if ready.host {
+                self.take();
+            }
+            if ready.input {
+                self.feed();
+            }
+            let mut count = 0;
+            if ready.stdout {
+                count += self.forward(Stream::Stdout, &mut piece);
+            }
+            if ready.stderr {
+                count += self.forward(Stream::Stderr, &mut piece);
+            }
+            if ready.end {
+                left = left.saturating_sub(count);
+                let is_quiet = !ready.stdout && !ready.stderr;
+                if is_quiet || left == 0 {
+                    break;
+                }
+            }
+        }
+        let status = self
+            .child
+            .wait()
+            .map_err(failed("learn how the program ended"))?;
+        let status = match (status.code(), status.signal()) {
+            (Some(code), _) => Status::Exited(code as u8),
+            (None, signal) => Status::Signal(signal.unwrap_or(0) as u8),
+        };
+        Ok(Reply::Ended(status))
+    }
+
+    fn wait(&self) -> Result<Ready, Errno> {
+        // While the program does not take what it has, no more is taken from the host.
+        let has_room = self.pending.len() < MAX_DATA;
+        if has_room && self.host.is_some() && !self.from.buffer().is_empty() {
+            return Ok(Ready {
+                host: true,
+                ..Ready::default()
+            });
+        }
+        let host = self.host.map(|host| host.as_fd());
+        let input = self
+            .ends
+            .input
+            .as_ref()
+            .filter(|_| !self.pending.is_empty());
+        let if_room = if has_room {
+            PollFlags::IN
+        } else {
+            PollFlags::empty()
+        };
+        let watched = [
+            (Some(self.end.as_fd()), PollFlags::IN),
+            (host, if_room),
+            (input.map(AsFd::as_fd), PollFlags::OUT),
+            (self.ends.stdout.as_ref().map(AsFd::as_fd), PollFlags::IN),
+            (self.ends.stderr.as_ref().map(AsFd::as_fd), PollFlags::IN),
+        ];
+        let mut fds: Vec<PollFd<'_>> = watched
+            .into_iter()
+            .filter_map(|(fd, flags)| Some(PollFd::from_borrowed_fd(fd?, flags)))
+            .collect();
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        let mut polled = fds.iter().map(|fd| !fd.revents().is_empty());
+        let [end, host, input, stdout, stderr] =
+            watched.map(|(fd, _)| fd.is_some() && polled.next().unwrap_or(false));
+        Ok(Ready {
+            end,
+            host,
+            input,
+            stdout,
+            stderr,
+        })
+    }
+
+    /// Takes the next message of the host's.
+    fn take(&mut self) {
+        match read(&mut self.from) {
+            Ok(Some(Input::Data(data))) => {
+                if self.ends.input.is_some() && !self.input_ended {
+                    self.pending.extend(data);
+                    self.feed();
+                }
+            }
+            Ok(Some(Input::End)) => {
+                if self.ends.terminal {
+                    self.pending.push_back(END_OF_TRANSMISSION);
+                }
+                self.input_ended = true;
+                self.feed();
+            }
+            Ok(Some(Input::Resize(size))) => {
+                if let (true, Some(terminal)) = (self.ends.terminal, &self.ends.stdout) {
+                    set_size(terminal, size);
+                }
+            }
+            Ok(Some(Input::Signal(number))) => {
+                if let Some(signal) = sys::signal(number) {
+                    let _ = kill_process_group(self.pid, signal);
+                }
+            }
+            Ok(None) | Err(_) => self.hang_up(),
+        }
+    }
+
+    /// Gives the program what it takes of its input.
+    fn feed(&mut self) {
+        let Some(input) = &self.ends.input else {
+            return;
+        };
+        while !self.pending.is_empty() {
+            match rustix::io::write(input, self.pending.as_slices().0) {
+                Ok(count) => drop(self.pending.drain(..count)),
+                Err(Errno::AGAIN) => return,
+                Err(Errno::INTR) => {}
+                // It does not read any more.
+                Err(_) => {
+                    self.pending.clear();
+                    self.ends.input = None;
+                    return;
+                }
+            }
+        }
+        if self.input_ended {
+            self.ends.input = None;
+        }
+    }
+
+    /// Sends the next piece of what the program wrote; gives its length.
+    fn forward(&mut self, stream: Stream, piece: &mut [u8]) -> usize {
+        let end = match stream {
+            Stream::Stdout => &mut self.ends.stdout,
+            Stream::Stderr => &mut self.ends.stderr,
+        };
+        let Some(from) = end else { return 0 };
+        match rustix::io::read(from, &mut *piece) {
+            // A terminal that nobody has open any more is an error.
+            Ok(0) | Err(Errno::IO) => {
+                *end = None;
+                0
+            }
+            Ok(count) => {
+                self.tell(&Reply::Output(stream, piece[..count].to_vec()));
+                count
+            }
+            Err(_) => 0,
+        }
+    }
+
+    fn tell(&mut self, reply: &Reply) {
+        if let Some(mut host) = self.host
+            && write(&mut host, reply).is_err()
+        {
+            self.hang_up();
+        }
+    }
+
+    /// The host has gone: the program learns of it as from a terminal.
+    fn hang_up(&mut self) {
+        self.host = None;
+        self.pending.clear();
+        self.ends.input = None;
+        self.ends.stdout = None;
+        self.ends.stderr = None;
+        for signal in [Signal::HUP, Signal::CONT] {
+            let _ = kill_process_group(self.pid, signal);
+        }
+    }
+}
+
+/// What ends the input of a terminal that reads lines.
+const END_OF_TRANSMISSION: u8 = 4;

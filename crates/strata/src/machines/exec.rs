@@ -1,0 +1,201 @@
+//! `strata exec`: a program in a running guest, as if it ran here.
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use clap::Args;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::iterator::Signals;
+use strata_protocol::{Exec, Input, MAX_DATA, Reply, Request, Size, Stream, write};
+
+use super::agent::Agent;
+use super::{Fault, find};
+use crate::exit::End;
+use crate::guard::Guard;
+use crate::streams::{self, read_stdin};
+use crate::terminal::{self, RawMode};
+
+/// Arguments of `strata exec`.
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    /// Give the program this process's standard input; it has none otherwise
+    #[arg(short, long)]
+    interactive: bool,
+
+    /// Give it a terminal of this one's size
+    #[arg(short, long)]
+    tty: bool,
+
+    /// As whom it runs: a name or number of the image's, with a group after a colon
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+
+    /// Where it starts
+    #[arg(short, long, value_name = "DIRECTORY")]
+    workdir: Option<OsString>,
+
+    /// A variable of its environment; without a value, as it is here. Repeat for more
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+
+    /// The machine: its name, or the first digits of its ID
+    #[arg(value_name = "MACHINE")]
+    machine: String,
+
+    /// The program and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
+    command: Vec<OsString>,
+}
+
+/// Runs it; gives its end as this process's.
+pub(crate) fn exec(args: &ExecArgs) -> Result<End, Fault> {
+    if args.tty && !io::stdin().is_terminal() {
+        return Err(Fault::Usage(
+            "-t needs a terminal on standard input; leave it out".to_owned(),
+        ));
+    }
+    let machine = find(&args.machine)?;
+    let terminal = args.tty.then(size);
+    let mut environment: Vec<Vec<u8>> = args.env.iter().filter_map(variable).collect();
+    if let (true, Some(term)) = (args.tty, std::env::var_os("TERM")) {
+        environment.insert(0, [b"TERM=", term.as_bytes()].concat());
+    }
+    let request = Request::Exec(Exec {
+        words: args
+            .command
+            .iter()
+            .map(|word| word.as_bytes().to_vec())
+            .collect(),
+        environment,
+        user: args.user.clone(),
+        directory: args.workdir.clone().map(OsString::into_vec),
+        terminal,
+        input: args.interactive || args.tty,
+    });
+    let mut agent = Agent::ask(&machine, &request)?;
+    loop {
+        match agent.reply()? {
+            Reply::Started { .. } => break,
+            // Nothing else comes before.
+            _ => {}
+        }
+    }
+    let to = Arc::new(Mutex::new(agent.writer()?));
+    let guard = if args.tty { Guard::start().ok() } else { None };
+    let raw = if args.tty {
+        RawMode::enter(guard).map_err(Fault::host("make the terminal raw"))?
+    } else {
+        None
+    };
+    pass_signals(args.tty, &to)?;
+    if args.interactive || args.tty {
+        pass_input(&to)?;
+    }
+    let status = forward(&mut agent);
+    drop(raw);
+    status
+}
+
+/// Writes what the program writes, until it ends.
+fn forward(agent: &mut Agent) -> Result<End, Fault> {
+    loop {
+        match agent.reply()? {
+            Reply::Output(stream, bytes) => {
+                let stream = match stream {
+                    Stream::Stdout => streams::Stream::Stdout,
+                    Stream::Stderr => streams::Stream::Stderr,
+                };
+                match stream.write(&bytes) {
+                    Ok(()) => {}
+                    // Whoever read it has had enough; the program hears of it when we go.
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                        return Ok(End::Signal(signal_hook::consts::SIGPIPE));
+                    }
+                    Err(error) => {
+                        let action = format!("write {}", stream.name());
+                        return Err(Fault::host(action)(error));
+                    }
+                }
+            }
+            Reply::Ended(status) => return Ok(End::Command(status.code())),
+            _ => {}
+        }
+    }
+}
+
+fn size() -> Size {
+    let (rows, columns) = terminal::size().unwrap_or((24, 80));
+    Size { rows, columns }
+}
+
+/// `NAME=value` as it is; a name alone with the value that it has here, if it has one.
+fn variable(text: &OsString) -> Option<Vec<u8>> {
+    if text.as_bytes().contains(&b'=') {
+        return Some(text.as_bytes().to_vec());
+    }
+    let value = std::env::var_os(text)?;
+    Some([text.as_bytes(), b"=", value.as_bytes()].concat())
+}
+
+type Shared = Arc<Mutex<UnixStream>>;
+
+fn send(to: &Shared, input: &Input) -> bool {
+    let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
+    write(&mut *to, input).is_ok()
+}
+
+/// Passes signals on, and the terminal's size when it changes. On a terminal the keys for signals
+/// are bytes like others.
+fn pass_signals(on_terminal: bool, to: &Shared) -> Result<(), Fault> {
+    let wanted: &[i32] = if on_terminal {
+        &[SIGWINCH, SIGTERM, SIGHUP]
+    } else {
+        &[SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2]
+    };
+    let mut signals = Signals::new(wanted).map_err(Fault::host("watch for signals"))?;
+    let to = Arc::clone(to);
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            for signal in &mut signals {
+                let input = match signal {
+                    SIGWINCH => Input::Resize(size()),
+                    number => Input::Signal(number as u8),
+                };
+                if !send(&to, &input) {
+                    return;
+                }
+            }
+        })
+        .map_err(Fault::host("start a thread"))?;
+    Ok(())
+}
+
+fn pass_input(to: &Shared) -> Result<(), Fault> {
+    let to = Arc::clone(to);
+    thread::Builder::new()
+        .name("input".to_owned())
+        .spawn(move || {
+            let mut piece = vec![0; MAX_DATA];
+            loop {
+                let input = match read_stdin(&mut piece) {
+                    0 => Input::End,
+                    count => Input::Data(piece[..count].to_vec()),
+                };
+                if !send(&to, &input) || input == Input::End {
+                    return;
+                }
+            }
+        })
+        .map_err(Fault::host("start a thread"))?;
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! `strata logs`: what a machine in the background printed.
+
+use std::io;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use strata_machines::{Entry, LogReader, Machine, Record, Stream};
+
+use super::{Fault, LOG, arguments, find};
+use crate::exit::End;
+use crate::report;
+use crate::streams;
+use crate::units;
+
+/// How long a follower sleeps before it looks whether the machine still runs.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Arguments of `strata logs`.
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Go on with what is printed from now on, until the machine ends
+    #[arg(short, long)]
+    follow: bool,
+
+    /// Only the last N lines
+    #[arg(short = 'n', long, value_name = "N")]
+    tail: Option<usize>,
+
+    /// Only what was printed in this time before now, such as 10m or 24h
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    since: Option<Duration>,
+
+    /// Begin each line with the time at which it was printed, in UTC
+    #[arg(short, long)]
+    timestamps: bool,
+
+    /// What appeared on the serial console, where the kernel writes, instead of what the command
+    /// wrote
+    #[arg(long)]
+    console: bool,
+
+    /// The machine: its name, or the first digits of its ID
+    #[arg(value_name = "MACHINE")]
+    machine: String,
+}
+
+/// Prints the log.
+pub(crate) fn logs(args: &LogsArgs) -> Result<End, Fault> {
+    let machine = find(&args.machine)?;
+    if machine.asked().ephemeral {
+        return Err(Fault::Usage(format!(
+            "the machine '{}' is not in the background: its output is where it was started",
+            machine.name()
+        )));
+    }
+    let run = arguments(&machine)?;
+    // Without a command, what happens is on the console.
+    let console = args.console || (run.image.is_none() && run.command.is_empty());
+    let mut reader = LogReader::open(&machine.directory().join(LOG));
+    if let Some(time) = args.since {
+        let from = SystemTime::now().checked_sub(time).unwrap_or(UNIX_EPOCH);
+        reader.since(from);
+    }
+    if let Some(lines) = args.tail {
+        reader.tail(lines)?;
+    }
+    let mut printer = Printer {
+        console,
+        timestamps: args.timestamps,
+        at_start: true,
+    };
+    loop {
+        // Before the log: what it prints last must not be missed.
+        let runs = args.follow && machine.state()?.is_running();
+        while let Some(entry) = next(&mut reader, runs)? {
+            match entry {
+                Entry::Record(record) => match printer.print(&record) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                        return Ok(End::Done);
+                    }
+                    Err(error) => return Err(Fault::host("write the log")(error)),
+                },
+                Entry::Lost(bytes) => {
+                    report::say(&format!("{bytes} bytes are not in the log any more"));
+                }
+            }
+        }
+        if !runs {
+            return Ok(End::Done);
+        }
+    }
+}
+
+fn next(reader: &mut LogReader, follow: bool) -> Result<Option<Entry>, Fault> {
+    Ok(if follow {
+        reader.follow(LOOK)?
+    } else {
+        reader.read()?
+    })
+}
+
+struct Printer {
+    console: bool,
+    timestamps: bool,
+    /// A line begins.
+    at_start: bool,
+}
+
+impl Printer {
+    fn print(&mut self, record: &Record) -> io::Result<()> {
+        let is_console = record.stream == Stream::Console;
+        if is_console != self.console {
+            return Ok(());
+        }
+        let to = if record.stream == Stream::Stderr {
+            streams::Stream::Stderr
+        } else {
+            streams::Stream::Stdout
+        };
+        if !self.timestamps {
+            return to.write(&record.bytes);
+        }
+        let printed = UNIX_EPOCH + Duration::from_nanos(record.time);
+        let mut text = Vec::new();
+        for line in record.bytes.split_inclusive(|byte| *byte == b'\n') {
+            if self.at_start {
+                text.extend(units::display_time(printed).bytes());
+                text.push(b' ');
+            }
+            text.extend_from_slice(line);
+            self.at_start = line.ends_with(b"\n");
+        }
+        to.write(&text)
+    }
+}
+
+/// What a machine said last on its log, for an error.
+pub(super) fn last_lines(machine: &Machine, count: usize) -> Vec<String> {
+    let mut reader = LogReader::open(&machine.directory().join(LOG));
+    let mut text = Vec::new();
+    if reader.tail(count).is_ok() {
+        while let Ok(Some(Entry::Record(record))) = reader.read() {
+            text.extend(record.bytes);
+        }
+    }
+    let text = String::from_utf8_lossy(&text).into_owned();
+    text.lines()
+        .map(|line| line.replace(char::is_control, ""))
+        .collect()
+}
