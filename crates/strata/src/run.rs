@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use strata_disk::Format;
 use strata_image::oci::{self, Lease, Store};
@@ -13,7 +13,7 @@ use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
 use strata_sandbox::Role;
 use strata_vmm::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
-    SerialConsole,
+    SerialConsole, VsockConfig,
 };
 
 use crate::appliance;
@@ -25,6 +25,7 @@ use crate::guard::Guard;
 use crate::network;
 use crate::report::say;
 use crate::sandbox;
+use crate::sockets;
 use crate::stats::{Maps, Stats};
 use crate::supervisor::{Stop, Supervisor};
 use crate::terminal::{self, RawMode};
@@ -147,6 +148,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         debug_exit: args.debug_exit,
         disks: boot.disks,
         networks: joined.into_iter().collect(),
+        vsock: args.vsock.as_deref().map(vsock).transpose()?,
         console: SerialConsole {
             output: Box::new(output),
             input: None,
@@ -179,7 +181,11 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
 
     strata_vmm::give_back_program();
     // All is open; no thread has been started yet, as most locks ask for.
-    sandbox::lock_up(args.sandbox, Role::Machine)?;
+    let role = match args.vsock {
+        Some(_) => Role::ListeningMachine,
+        None => Role::Machine,
+    };
+    sandbox::lock_up(args.sandbox, role)?;
     let machine = opened.build().map_err(Fault::Machine)?;
     let raw = if on_terminal {
         RawMode::enter(guard).map_err(Fault::host("make the terminal raw"))?
@@ -235,6 +241,15 @@ fn disks(args: &RunArgs) -> Vec<DiskConfig> {
             read_only: disk.read_only,
         })
         .collect()
+}
+
+/// The machine's socket device, with its host end at `path`.
+fn vsock(path: &Path) -> Result<VsockConfig, Fault> {
+    let action = format!("make the vsock socket '{}'", path.display());
+    Ok(VsockConfig {
+        cid: VsockConfig::CID,
+        listener: sockets::take_over(path).map_err(Fault::host(action))?,
+    })
 }
 
 fn modules(args: &RunArgs) -> Vec<BootModule> {
