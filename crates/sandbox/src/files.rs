@@ -34,7 +34,9 @@ fn forbid_all(role: Role) -> Result<landlock::RestrictionStatus, RulesetError> {
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(TESTED))?;
     let rules = match role {
-        Role::Machine => files.handle_access(AccessNet::from_all(TESTED))?,
+        Role::Machine | Role::ListeningMachine => {
+            files.handle_access(AccessNet::from_all(TESTED))?
+        }
         Role::Network => files,
     };
     rules

@@ -28,6 +28,8 @@ use std::io;
 pub enum Role {
     /// It runs a machine: all is open, threads are to come.
     Machine,
+    /// It runs a machine, and other programs may connect to sockets that it listens on already.
+    ListeningMachine,
     /// It is the switch of a network: it makes sockets of the internet, and has one thread.
     Network,
 }

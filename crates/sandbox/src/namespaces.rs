@@ -27,7 +27,9 @@ pub(crate) fn enter(role: Role) -> Result<String, String> {
         rustix::process::getegid().as_raw(),
     );
     let (network, list) = match role {
-        Role::Machine => (UnshareFlags::NEWNET, "mount, network, IPC, UTS, cgroup"),
+        Role::Machine | Role::ListeningMachine => {
+            (UnshareFlags::NEWNET, "mount, network, IPC, UTS, cgroup")
+        }
         Role::Network => (UnshareFlags::empty(), "mount, IPC, UTS, cgroup"),
     };
     let others = UnshareFlags::NEWNS

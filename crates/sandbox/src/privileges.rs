@@ -9,6 +9,8 @@ use crate::Role;
 
 /// How many file descriptors the process may have. It opens none any more; what it has stays.
 const DESCRIPTORS: u64 = 64;
+/// The same for a process to which others connect.
+const LISTENER_DESCRIPTORS: u64 = 64 + 1024;
 /// Capabilities are numbered from 0 to at most this.
 const LAST_CAPABILITY: u32 = 63;
 
@@ -18,9 +20,10 @@ pub(crate) fn enter(role: Role) -> Result<String, String> {
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(io::Error::from)
         .map_err(failed("turn off core dumps and tracing"))?;
-    lower(Resource::Core, 0).map_err(failed("limit core dumps"))?;
+    limit(Resource::Core, 0).map_err(failed("limit core dumps"))?;
     match role {
-        Role::Machine => lower(Resource::Nofile, DESCRIPTORS),
+        Role::Machine => limit(Resource::Nofile, DESCRIPTORS),
+        Role::ListeningMachine => limit(Resource::Nofile, LISTENER_DESCRIPTORS),
         Role::Network => raise(Resource::Nofile),
     }
     .map_err(failed("limit file descriptors"))?;
@@ -33,15 +36,15 @@ pub(crate) fn enter(role: Role) -> Result<String, String> {
     Ok("no capabilities, no_new_privs".into())
 }
 
-/// Lowers a limit, for good.
-fn lower(resource: Resource, most: u64) -> io::Result<()> {
-    let Rlimit { current, maximum } = getrlimit(resource);
-    let least = |limit: Option<u64>| Some(limit.map_or(most, |limit| limit.min(most)));
-    let lowered = Rlimit {
-        current: least(current),
-        maximum: least(maximum),
+/// Sets a limit for good, to `most` or the most that the user may have.
+fn limit(resource: Resource, most: u64) -> io::Result<()> {
+    let maximum = getrlimit(resource).maximum;
+    let least = Some(maximum.map_or(most, |maximum| maximum.min(most)));
+    let limited = Rlimit {
+        current: least,
+        maximum: least,
     };
-    Ok(setrlimit(resource, lowered)?)
+    Ok(setrlimit(resource, limited)?)
 }
 
 /// Raises a limit as far as the user may.

@@ -67,6 +67,15 @@ const MACHINE: &[i64] = &[
     libc::SYS_getrandom,
 ];
 
+/// Allowed besides to a machine to which others connect: to let them in, and to wait for them.
+const LISTENING: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_epoll_wait,
+];
+
 /// Allowed to a switch with any arguments.
 const NETWORK: &[i64] = &[
     // Sockets; making them is below.
@@ -179,6 +188,11 @@ fn any(numbers: &[i64]) -> Rules {
 fn allowed(role: Role) -> Result<Rules, BackendError> {
     let mut rules = match role {
         Role::Machine => allowed_to_machine()?,
+        Role::ListeningMachine => {
+            let mut rules = allowed_to_machine()?;
+            rules.extend(any(LISTENING));
+            rules
+        }
         Role::Network => allowed_to_network()?,
     };
     // Memory that can be executed was all mapped before, and none is ever added.

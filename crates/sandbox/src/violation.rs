@@ -12,6 +12,8 @@ use std::ptr;
 
 /// System calls that a process which has been taken over would try first.
 const NAMES: &[(i64, &str)] = &[
+    (libc::SYS_accept4, "accept4"),
+    (libc::SYS_bind, "bind"),
     (libc::SYS_bpf, "bpf"),
     (libc::SYS_clone, "clone"),
     (libc::SYS_connect, "connect"),
@@ -23,6 +25,7 @@ const NAMES: &[(i64, &str)] = &[
     (libc::SYS_io_uring_setup, "io_uring_setup"),
     (libc::SYS_ioctl, "ioctl"),
     (libc::SYS_kill, "kill"),
+    (libc::SYS_listen, "listen"),
     (libc::SYS_memfd_create, "memfd_create"),
     (libc::SYS_mmap, "mmap"),
     (libc::SYS_mount, "mount"),
@@ -33,6 +36,7 @@ const NAMES: &[(i64, &str)] = &[
     (libc::SYS_process_vm_readv, "process_vm_readv"),
     (libc::SYS_process_vm_writev, "process_vm_writev"),
     (libc::SYS_ptrace, "ptrace"),
+    (libc::SYS_recvmsg, "recvmsg"),
     (libc::SYS_sendto, "sendto"),
     (libc::SYS_setns, "setns"),
     (libc::SYS_socket, "socket"),

@@ -440,6 +440,59 @@ fn all_layers_leave_open_files_memory_threads_and_time() {
     });
 }
 
+/// What a call ends with in a machine to which others connect, or in one to which nobody does.
+fn of_machine(listening: bool, call: impl FnOnce() -> i32) -> Option<(End, String)> {
+    let role = if listening {
+        Role::ListeningMachine
+    } else {
+        Role::Machine
+    };
+    told_as(role, &[Layer::Privileges, Layer::Seccomp], call)
+}
+
+#[test]
+fn a_machine_lets_others_in_only_if_it_is_to() {
+    let path = std::env::temp_dir().join(format!("strata-sandbox-{}.sock", process::id()));
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let _program = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    let number = listener.as_raw_fd();
+    let accept = || {
+        let (address, length) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: no address is asked for.
+        error_of(unsafe { libc::accept4(number, address, length, libc::SOCK_CLOEXEC) })
+    };
+    if let Some((end, text)) = of_machine(true, accept) {
+        assert_eq!(end, End::Errno(0), "{text}");
+    }
+    if let Some((end, text)) = of_machine(false, accept) {
+        assert_eq!(end, End::Signal(libc::SIGSYS), "{text}");
+        assert!(text.contains("(accept4)"), "{text}");
+    }
+}
+
+#[test]
+fn a_machine_that_lets_others_in_makes_and_connects_no_socket_itself() {
+    let stopped = |name: &str, call: [i64; 4]| {
+        let [number, a, b, c] = call;
+        // SAFETY: none of these calls is given an address but NULL.
+        let attempt = || error_of(unsafe { libc::syscall(number, a, b, c) });
+        if let Some((end, text)) = of_machine(true, attempt) {
+            assert_eq!(end, End::Signal(libc::SIGSYS), "{text}");
+            assert!(text.contains(&format!("({name})")), "{text}");
+        }
+    };
+    let stream = i64::from(libc::SOCK_STREAM);
+    for family in [libc::AF_UNIX, libc::AF_INET, libc::AF_VSOCK] {
+        stopped("socket", [libc::SYS_socket, family.into(), stream, 0]);
+    }
+    stopped("socketpair", [libc::SYS_socketpair, 1, stream, 0]);
+    stopped("connect", [libc::SYS_connect, 0, 0, 0]);
+    stopped("bind", [libc::SYS_bind, 0, 0, 0]);
+    stopped("listen", [libc::SYS_listen, 0, 1, 0]);
+    stopped("recvmsg", [libc::SYS_recvmsg, 0, 0, 0]);
+}
+
 fn tempfile() -> File {
     let directory = std::ffi::CString::new(std::env::temp_dir().to_str().unwrap()).unwrap();
     let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;

@@ -138,6 +138,11 @@ pub(crate) struct RunArgs {
           value_parser = units::forward)]
     pub(crate) forwards: Vec<Forward>,
 
+    /// A Unix socket to make at PATH, by which programs of this host reach vsock ports of the guest:
+    /// they connect, write "CONNECT PORT" and a newline, and read "OK NUMBER"
+    #[arg(long, value_name = "PATH")]
+    pub(crate) vsock: Option<PathBuf>,
+
     /// The machine's name, by which you and others on its network find it. One in the background
     /// gets a name where none is given
     #[arg(long, value_name = "NAME", value_parser = units::name)]

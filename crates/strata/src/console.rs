@@ -323,7 +323,13 @@ mod tests {
     use crate::supervisor::Supervisor;
 
     fn output(greeting: &'static str) -> Output {
-        Output::new(Show::Hidden, None, greeting, Supervisor::new().stopper())
+        Output::new(
+            Show::Hidden,
+            None,
+            None,
+            greeting,
+            Supervisor::new().stopper(),
+        )
     }
 
     fn is_open(gate: &Gate) -> bool {

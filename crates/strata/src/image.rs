@@ -8,6 +8,7 @@ use strata_image::oci::{self, Error, Image, Name, Source, Store};
 
 use crate::cli::OutputForm;
 use crate::exit::End;
+use crate::machines;
 use crate::progress::Rows;
 use crate::units::display_size;
 use crate::{print, report};
@@ -188,7 +189,7 @@ fn run(command: &ImageCommand) -> Result<String, Error> {
             Ok(String::new())
         }
         ImageCommand::Gc(form) => {
-            let collected = store.collect()?;
+            let collected = store.collect(&machines::pinned_images())?;
             Ok(match form.output {
                 OutputForm::Text => format!(
                     "{} files, {}, removed\n",

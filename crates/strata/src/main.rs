@@ -19,6 +19,7 @@ mod progress;
 mod report;
 mod run;
 mod sandbox;
+mod sockets;
 mod stats;
 mod streams;
 mod supervisor;

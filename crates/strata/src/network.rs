@@ -18,9 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-};
+use rustix::net::SocketType;
 use strata_net::{Config, Hello, JoinError, Joined, Switch};
 use strata_sandbox::Role;
 
@@ -28,14 +26,13 @@ use crate::cli::{RunArgs, SwitchArgs};
 use crate::exit::End;
 use crate::report;
 use crate::sandbox;
+use crate::sockets;
 use crate::units::{Network, Wire};
 
 /// Name of the hidden subcommand.
 pub(crate) const SUBCOMMAND: &str = "network-switch";
 /// The host's list of name servers.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
-/// Machines that may be about to come in.
-const BACKLOG: i32 = 64;
 
 /// Why a machine has no network.
 #[derive(Debug, thiserror::Error)]
@@ -150,23 +147,13 @@ fn join_named(
     Ok(strata_net::join(socket, hello)?)
 }
 
-fn unix_socket() -> Result<OwnedFd, Errno> {
-    let flags = SocketFlags::CLOEXEC;
-    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
-}
-
 fn connect_to(path: &Path) -> Result<OwnedFd, Errno> {
-    let socket = unix_socket()?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(socket)
+    sockets::connect(path, SocketType::SEQPACKET)
 }
 
 fn listen_at(path: &Path) -> Result<OwnedFd, Errno> {
     let _ = fs::remove_file(path);
-    let socket = unix_socket()?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket)
+    sockets::listen(path, SocketType::SEQPACKET)
 }
 
 /// The user's own directory for sockets: in XDG_RUNTIME_DIR, or one in /tmp that nobody else can

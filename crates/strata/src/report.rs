@@ -68,7 +68,9 @@ pub(crate) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> St
     for row in std::iter::once(&head.map(str::to_owned)).chain(rows) {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(widths) {
-            line += &format!("{cell:width$}  ");
+            let padding = width.saturating_sub(cell.chars().count()) + 2;
+            line.push_str(cell);
+            line.extend(std::iter::repeat_n(' ', padding));
         }
         text += line.trim_end();
         text.push('\n');

@@ -1,6 +1,7 @@
 //! What a machine is made of, as its owner asks for it.
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use strata_disk::Format;
@@ -34,6 +35,9 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Places on networks, each with a card: eth0, eth1, ...
     pub networks: Vec<Joined>,
+    /// A socket device, by which programs of the host reach ports of the guest. `None`: there is
+    /// none.
+    pub vsock: Option<VsockConfig>,
     /// The serial port, ttyS0.
     pub console: SerialConsole,
     /// Ports of a virtio console. Empty: there is no such device.
@@ -77,6 +81,24 @@ pub struct DiskConfig {
     pub format: Option<Format>,
     /// Whether the guest may only read it.
     pub read_only: bool,
+}
+
+/// A socket device. A program of the host connects to the listener, writes `CONNECT PORT` and a
+/// newline, and reads `OK NUMBER` and a newline when a program of the guest has accepted on that
+/// port; what follows are the bytes of the connection. It is closed if nobody accepts.
+#[derive(Debug)]
+pub struct VsockConfig {
+    /// The guest's context ID, one of [`VsockConfig::CIDS`]; [`VsockConfig::CID`] where nobody minds.
+    pub cid: u32,
+    /// A Unix stream socket that listens.
+    pub listener: OwnedFd,
+}
+
+impl VsockConfig {
+    /// The context ID that a guest usually has.
+    pub const CID: u32 = 3;
+    /// Those that a guest can have (virtio 1.2 §5.10.4).
+    pub const CIDS: std::ops::Range<u32> = 3..u32::MAX;
 }
 
 /// Where the serial port is connected to on the host.

@@ -34,6 +34,12 @@ pub enum Error {
         /// Bytes it needs, a multiple of 1 MiB.
         minimum: u64,
     },
+    /// A guest cannot have this context ID.
+    #[error("{0} is no context ID of a guest, which are from 3 to 4294967294")]
+    ContextId(u32),
+    /// The socket device's host end could not be set up.
+    #[error("cannot set up the host end of the socket device")]
+    Vsock(#[source] io::Error),
     /// A file could not be read.
     #[error("cannot read the {what} {}", path.display())]
     Read {

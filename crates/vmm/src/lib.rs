@@ -40,6 +40,7 @@ pub use boot::load;
 pub use bus::{MmioDevice, PortDevice};
 pub use config::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, MachineConfig, SerialConsole,
+    VsockConfig,
 };
 pub use ending::Outcome;
 pub use error::{Error, KernelProblem};

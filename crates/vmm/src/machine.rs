@@ -10,12 +10,12 @@ use strata_memory::GuestMemory;
 
 use crate::boot::{self, Loaded};
 use crate::clock::{Calibration, Clock, tsc};
-use crate::config::{DiskConfig, MachineConfig};
+use crate::config::{DiskConfig, MachineConfig, VsockConfig};
 use crate::console::{Output, SerialPort};
 use crate::ending::{Ending, Outcome};
 use crate::error::Error;
 use crate::vcpu::{self, Shared, Vcpu};
-use crate::virtio::{self, Devices, Disk};
+use crate::virtio::{self, Devices, Disk, Door};
 pub use opened::Opened;
 
 /// vCPUs of a machine, at most.
@@ -95,6 +95,7 @@ impl Machine {
             debug_exit,
             disks,
             networks,
+            vsock,
             console,
             ports,
         } = config;
@@ -115,6 +116,7 @@ impl Machine {
         let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.format, disk.read_only);
         let disks: Result<_, _> = disks.iter().map(open).collect();
         let disks = disks.map_err(virtio::Error::Disk)?;
+        let vsock = vsock.map(open_vsock).transpose()?;
         let clock = Clock {
             tsc_khz: calibration.finish(),
             start_tsc: tsc(),
@@ -126,6 +128,7 @@ impl Machine {
             vcpus,
             disks,
             networks,
+            vsock,
             console,
             ports,
             debug_exit,
@@ -193,6 +196,15 @@ impl Machine {
         let vcpus = std::mem::take(&mut self.vcpus);
         vcpus.into_iter().enumerate().map(start).collect()
     }
+}
+
+/// Sets up the host end of a socket device; gives its guest's context ID too.
+fn open_vsock(config: VsockConfig) -> Result<(u32, Door), Error> {
+    let VsockConfig { cid, listener } = config;
+    if !VsockConfig::CIDS.contains(&cid) {
+        return Err(Error::ContextId(cid));
+    }
+    Ok((cid, Door::open(listener).map_err(Error::Vsock)?))
 }
 
 /// Ends the devices' threads, which first write what is left to their hosts. With a limit,

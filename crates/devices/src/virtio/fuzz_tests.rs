@@ -39,6 +39,11 @@ impl Random {
 trait Serve: VirtioDevice + Sized {
     /// Returns how much it has done, in any unit.
     fn serve(device: &mut VirtioPci<Self>, random: &mut Random) -> usize;
+
+    /// Puts a chain on a queue that keeps the rules, mostly one that the device understands.
+    fn offer(driver: &mut Driver, queue: usize, random: &mut Random) {
+        proper_chain(driver, queue, random);
+    }
 }
 
 impl Serve for Entropy {
@@ -119,7 +124,59 @@ impl Serve for Net {
     }
 }
 
-/// A chain that keeps the rules, mostly one that a device understands.
+impl Serve for Vsock {
+    fn serve(device: &mut VirtioPci<Self>, random: &mut Random) -> usize {
+        let mut served = 0;
+        let (vsock, transport) = device.parts();
+        vsock.take_reset();
+        // Few enough ports that the random driver meets them.
+        vsock.connect(random.below(2) as u32, random.below(8) as u32 / 7);
+        for _ in 0..random.below(300) {
+            let Some(event) = vsock.next_event(transport) else {
+                break;
+            };
+            served += usize::from(!matches!(event, VsockEvent::Nothing));
+            if let VsockEvent::Data(data) = event {
+                let (connection, length) = (data.connection(), data.length());
+                let bytes = data.copy_from(transport.memory(), 0);
+                assert_eq!(bytes.len(), length as usize);
+                vsock.taken(transport, data);
+                vsock.forwarded(connection, random.odd() as u32);
+            }
+        }
+        let connection = random.below(3) as u32;
+        if let Ok(buffers) = vsock.take_buffers(transport, connection) {
+            let room: u64 = buffers.segments().map(|s| u64::from(s.length)).sum();
+            assert!(room <= 64 << 10);
+            vsock.received(transport, buffers, random.below(room + 1) as usize);
+            served += 1;
+        }
+        match random.below(32) {
+            0 => vsock.close(connection),
+            1 => vsock.end(
+                connection,
+                Shutdown::from_bits_truncate(random.next() as u32),
+            ),
+            _ => {}
+        }
+        vsock.settle(transport, random.below(2) == 0);
+        served
+    }
+
+    fn offer(driver: &mut Driver, queue: usize, random: &mut Random) {
+        if queue == 1 {
+            let packet = plausible_packet(driver, random);
+            let data = (0x21_0000, 1 + random.below(8) as u32);
+            driver.offer(queue, &[packet, data], &[]);
+        } else {
+            let short = random.below(500) == 0;
+            let length = if short { 44 } else { 45 + random.below(0x2000) };
+            driver.offer(0, &[], &[(0x22_0000, length as u32)]);
+        }
+    }
+}
+
+/// A chain for the other devices.
 fn proper_chain(driver: &mut Driver, queue: usize, random: &mut Random) {
     let message = plausible_message(driver, random);
     let mut buffers = || {
@@ -155,6 +212,29 @@ fn random_chain(driver: &mut Driver, queue: usize, random: &mut Random) {
         driver.set_descriptor(queue, index, (address, length as u32), flags, next);
     }
     driver.make_available(queue, random.below(9) as u16);
+}
+
+/// The header of a packet from guest 3 to the host, with small numbers in it.
+fn plausible_packet(driver: &Driver, random: &mut Random) -> (u64, u32) {
+    let mut bytes = [0; 44];
+    bytes[0] = if random.below(50) == 0 { 4 } else { 3 };
+    bytes[8] = 2;
+    bytes[16] = random.below(8) as u8 / 7;
+    bytes[20] = random.below(2) as u8;
+    bytes[24] = random.below(8) as u8;
+    bytes[28] = if random.below(50) == 0 { 2 } else { 1 };
+    // Mostly acceptance and data.
+    bytes[30] = [2, 2, 5, 5, 5, random.below(9) as u8][random.below(6) as usize];
+    bytes[32] = random.below(4) as u8 & random.below(4) as u8 & random.below(4) as u8;
+    bytes[36..40].copy_from_slice(&(random.odd() as u32).to_le_bytes());
+    bytes[40..].copy_from_slice(&(random.odd() as u32).to_le_bytes());
+    let at = 0x20_0000 + 64 * random.below(0x400);
+    driver
+        .memory
+        .ram()
+        .write_slice(&bytes, GuestAddress(at))
+        .unwrap();
+    (at, 44)
 }
 
 /// A header of a disk request, or a control message, with small numbers in it.
@@ -206,7 +286,7 @@ fn torment<D: Serve>(make: impl Fn(GuestMemory) -> VirtioPci<D>, seed: u64) {
             match random.below(64) {
                 0..16 => random_access(&mut device, &mut random),
                 16..19 => random_chain(&mut driver, queue, &mut random),
-                _ => proper_chain(&mut driver, queue, &mut random),
+                _ => D::offer(&mut driver, queue, &mut random),
             }
             if random.below(200) == 0 {
                 driver.set_available_index(0, random.odd() as u16);
@@ -267,6 +347,11 @@ fn a_random_driver_does_not_break_net() {
         |memory| VirtioPci::new(Net::new(config), memory),
         0x5eed_0005,
     );
+}
+
+#[test]
+fn a_random_driver_does_not_break_vsock() {
+    torment(|memory| VirtioPci::new(Vsock::new(3), memory), 0x5eed_0006);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //!                    │              ▲  pop: Chain     events: notified queues,
 //!                    ▼              │  push: Chain    interrupts to send
 //!                D: VirtioDevice ───┘                       │
-//!            (Block, Console, Entropy, Net)                     ▼
+//!         (Block, Console, Entropy, Net, Vsock)             ▼
 //!                    ▲ requests, bytes                 the owner's threads
 //!                    └──────────────────────────────────────┘
 //! ```
@@ -26,6 +26,7 @@ mod queue;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod transport;
+mod vsock;
 
 pub use block::{Action, Block, BlockConfig, Request, SECTOR_SIZE, SectorRange, Status};
 pub use console::{Console, MAX_PORTS, PortConfig};
@@ -34,6 +35,10 @@ pub use net::{Accepts, Buffers, MAX_MESSAGE, Net, NetConfig, OutgoingFrame, net_
 pub use pci::{VirtioPci, bar};
 pub use queue::{Chain, QueueError, Segment};
 pub use transport::{DeviceStatus, Events, Transport, common};
+pub use vsock::{
+    Hold, IncomingBuffers, MAX_CONNECTIONS, MAX_DATA, OutgoingData, Shutdown, Vsock, VsockEvent,
+    vsock_queue,
+};
 
 /// Entries in every queue.
 pub const QUEUE_SIZE: u16 = 256;

@@ -161,20 +161,34 @@ impl Store {
         }
     }
 
+    /// The image with this manifest, by whatever name it was found: one that a machine keeps to,
+    /// though the name may mean another by now. Hold a [`Lease`] while you use it.
+    pub fn pinned(&self, name: &str, manifest: &str) -> Result<Image, Error> {
+        self.image_of(&Record {
+            name: name.to_owned(),
+            manifest: manifest.to_owned(),
+            pulled: 0,
+        })
+    }
+
     /// Forgets a name. What no name leads to any more is for [`Store::collect`].
     pub fn remove(&self, image: &Image) -> Result<(), Error> {
         let path = self.name_path(&image.name);
         fs::remove_file(&path).map_err(Error::io("remove the file", &path))
     }
 
-    /// Removes all that no image needs and no machine uses. Waits for pulls to end.
-    pub fn collect(&self) -> Result<Collected, Error> {
+    /// Removes all that no image needs, none of those with the manifests `pinned`, and no machine
+    /// uses. Waits for pulls to end.
+    pub fn collect(&self, pinned: &[(String, String)]) -> Result<Collected, Error> {
         let lock = self.lock_file()?;
         let path = self.root.join("lock");
         lock.lock().map_err(Error::io("lock the file", &path))?;
         let mut blobs = BTreeSet::new();
         let mut layers = BTreeSet::new();
-        for image in self.images()? {
+        let pinned = pinned.iter();
+        // One that is not whole any more keeps nothing.
+        let pinned = pinned.filter_map(|(name, manifest)| self.pinned(name, manifest).ok());
+        for image in self.images()?.into_iter().chain(pinned) {
             blobs.extend([image.id.hex(), image.manifest.hex()]);
             layers.extend(image.layers.iter().map(|layer| layer.diff_id.hex()));
         }

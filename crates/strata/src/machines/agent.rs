@@ -1,22 +1,23 @@
 //! The host's end of a conversation with the agent in a guest.
 
-use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::SocketType;
 use strata_machines::Machine;
 use strata_protocol::{AGENT_PORT, Error, Greeting, Reply, Request, read, write};
 
 use super::{Fault, SOCKET, arguments};
+use crate::sockets;
 
 /// How long a guest may take to boot before it is taken for one without an agent.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Longest answer to a CONNECT, bytes.
-const MAX_LINE: u64 = 64;
+const MAX_LINE: usize = 64;
 
 /// A conversation about one thing.
 pub(super) struct Agent {
@@ -43,11 +44,7 @@ impl Agent {
         if arguments(machine)?.kernel.is_some() {
             return Err(none("it boots a kernel of its own, without Strata's agent"));
         }
-        let directory = machine.directory();
-        let directory = File::open(&directory)
-            .map_err(Fault::host(format!("open '{}'", directory.display())))?;
-        // Such a path is short, however long the directory's is.
-        let path = format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd());
+        let path = machine.directory().join(SOCKET);
         let end = Instant::now() + patience;
         let stream = loop {
             match connect(&path) {
@@ -98,17 +95,17 @@ impl Agent {
 }
 
 /// Connects to the agent's port as hybrid vsock has it: a line each way, and then its bytes.
-fn connect(path: &str) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(path)?;
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::from(sockets::connect(path, SocketType::STREAM)?);
     stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
     let mut line = Vec::new();
     // Byte by byte: what comes after the line is not ours to take.
-    for byte in (&stream).take(MAX_LINE).bytes() {
-        let byte = byte?;
-        if byte == b'\n' {
+    while line.len() < MAX_LINE {
+        let mut byte = [0];
+        if stream.read(&mut byte)? == 0 || byte == *b"\n" {
             break;
         }
-        line.push(byte);
+        line.extend(byte);
     }
     if line.starts_with(b"OK ") {
         return Ok(stream);

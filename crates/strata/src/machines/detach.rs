@@ -9,12 +9,12 @@ use std::process::{Command, Stdio};
 use rustix::process::setsid;
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use strata_image::oci::Store;
-use strata_machines::{Claim, Image, Machine, Spec};
+use strata_machines::{Image, Machine, Spec};
 
 use super::{Fault, arguments, each, find, logs, registry};
 use crate::cli::RunArgs;
 use crate::exit::End;
-use crate::run;
+use crate::run::{self, Life};
 
 /// Name of the hidden subcommand.
 pub(crate) const MACHINE: &str = "machine";
@@ -111,21 +111,15 @@ fn launch(machine: &Machine) -> Result<(), Fault> {
     Err(Fault::NotStarted(machine.name().to_owned()))
 }
 
-/// A machine in the background, from the inside.
-pub(crate) struct Background {
-    pub(crate) machine: Machine,
-    pub(crate) claim: Claim,
-}
-
 /// What the hidden subcommand does: is the machine of this ID until its end.
 pub(crate) fn become_machine(id: &str) -> End {
     match prepare(id) {
-        Ok((args, background)) => run::in_background(&args, background),
+        Ok((args, life)) => run::in_background(&args, life),
         Err(fault) => super::say(&fault),
     }
 }
 
-fn prepare(id: &str) -> Result<(RunArgs, Background), Fault> {
+fn prepare(id: &str) -> Result<(RunArgs, Life), Fault> {
     // The terminal of who started it is none of its business, nor is that one's end.
     setsid().map_err(Fault::host("leave the terminal"))?;
     let machine = find(id)?;
@@ -136,7 +130,12 @@ fn prepare(id: &str) -> Result<(RunArgs, Background), Fault> {
         "go to '{}', where the machine was made",
         directory.display()
     )))?;
-    Ok((args, Background { machine, claim }))
+    let life = Life {
+        machine,
+        claim,
+        detached: true,
+    };
+    Ok((args, life))
 }
 
 /// Tells who started this process that the machine runs, and that nothing more will be said.

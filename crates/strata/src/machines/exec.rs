@@ -82,13 +82,8 @@ pub(crate) fn exec(args: &ExecArgs) -> Result<End, Fault> {
         input: args.interactive || args.tty,
     });
     let mut agent = Agent::ask(&machine, &request)?;
-    loop {
-        match agent.reply()? {
-            Reply::Started { .. } => break,
-            // Nothing else comes before.
-            _ => {}
-        }
-    }
+    // Nothing else comes before.
+    while !matches!(agent.reply()?, Reply::Started { .. }) {}
     let to = Arc::new(Mutex::new(agent.writer()?));
     let guard = if args.tty { Guard::start().ok() } else { None };
     let raw = if args.tty {

@@ -23,9 +23,7 @@ use strata_machines::{Machine, Registry};
 use strata_protocol::FailureKind;
 
 pub(crate) use self::copy::{CopyArgs, copy};
-pub(crate) use self::detach::{
-    Background, MACHINE, become_machine, run_detached, spec, start, tell_started,
-};
+pub(crate) use self::detach::{MACHINE, become_machine, run_detached, spec, start, tell_started};
 pub(crate) use self::exec::{ExecArgs, exec};
 pub(crate) use self::logs::{LogsArgs, logs};
 pub(crate) use self::ps::{PsArgs, ps};
@@ -176,4 +174,16 @@ fn each(names: &[String], mut act: impl FnMut(&Machine) -> Result<(), Fault>) ->
         }
     }
     end
+}
+
+/// Names and manifests of the images that machines in the background run.
+pub(crate) fn pinned_images() -> Vec<(String, String)> {
+    let machines = Registry::of_user().and_then(|registry| registry.list());
+    machines
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|machine| machine.asked().image.clone())
+        .map(|image| (image.name, image.id))
+        .collect()
 }

@@ -23,3 +23,4 @@ mod pty;
 mod qcow2;
 mod sandbox;
 mod terminal;
+mod vsock;

@@ -17,13 +17,14 @@ use crate::interrupts::Interrupts;
 use crate::layout;
 use crate::timers::Timers;
 use crate::vcpu::{Shared, Vcpu};
-use crate::virtio::{Devices, Disk, Port};
+use crate::virtio::{Devices, Disk, Door, Port};
 
 /// A machine that has all it will ever ask of the host but threads: the kernel and RAM disk are
 /// in guest memory, the disks are open and locked, the vCPUs have their code caches.
 ///
 /// From here on neither [`Opened::build`] nor [`Machine::run`] opens a file, makes a file
-/// descriptor or maps memory that can be executed. A process that means to lock itself up does so
+/// descriptor (but for those whom a [`VsockConfig`](crate::VsockConfig) lets in) or maps memory that
+/// can be executed. A process that means to lock itself up does so
 /// now: what it forbids itself holds for all threads, since none has been started.
 pub struct Opened {
     pub(super) clock: Clock,
@@ -31,6 +32,8 @@ pub struct Opened {
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) disks: Vec<Disk>,
     pub(super) networks: Vec<Joined>,
+    /// The guest's context ID, and where its visitors come in.
+    pub(super) vsock: Option<(u32, Door)>,
     pub(super) console: SerialConsole,
     pub(super) ports: Vec<ConsolePort>,
     pub(super) debug_exit: Option<u16>,
@@ -55,6 +58,7 @@ impl Opened {
             vcpus,
             disks,
             networks,
+            vsock,
             console,
             ports,
             debug_exit,
@@ -68,6 +72,9 @@ impl Opened {
         }
         for joined in networks {
             devices.add_net(joined)?;
+        }
+        if let Some((cid, door)) = vsock {
+            devices.add_vsock(cid, door)?;
         }
         devices.add_entropy()?;
         if !ports.is_empty() {

@@ -66,6 +66,7 @@ fn config(console: SerialConsole) -> (MachineConfig, NamedTempFile) {
         disks: Vec::new(),
         console,
         networks: Vec::new(),
+        vsock: None,
         ports: Vec::new(),
     };
     (config, kernel)

@@ -1,25 +1,53 @@
-//! How a vCPU, or another thread, wakes a device's worker: one flag and one thread.
+//! How a vCPU, or another thread, wakes a device's worker: one flag and one thread, or one event
+//! of a worker that sleeps on file descriptors.
 //!
-//! Ringing is cheap (an atomic swap, and a futex wake only if the worker sleeps) and is
-//! never lost: a ring while the worker is busy makes its next wait return at once.
+//! Ringing is cheap (an atomic swap, and a system call only if the worker has seen the ring
+//! before) and is never lost: a ring while the worker is busy makes its next wait return at once.
 
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Thread};
+
+/// How a worker is woken.
+#[derive(Debug)]
+enum Sleeper {
+    Thread(Thread),
+    /// An eventfd that the worker watches for each write to it.
+    Event(OwnedFd),
+}
+
+impl Sleeper {
+    fn wake(&self) {
+        match self {
+            Self::Thread(thread) => thread.unpark(),
+            // It fails when 2^64 writes have come before.
+            Self::Event(event) => _ = rustix::io::write(event, &1_u64.to_ne_bytes()),
+        }
+    }
+}
 
 /// One worker's doorbell.
 #[derive(Debug, Default)]
 pub(super) struct Doorbell {
     rung: AtomicBool,
     stopping: AtomicBool,
-    worker: OnceLock<Thread>,
+    worker: OnceLock<Sleeper>,
 }
 
 impl Doorbell {
-    /// Names the thread that waits. What was rung before reaches it now.
+    /// The doorbell of a worker that sleeps on file descriptors, `event`, an eventfd, among them.
+    pub(super) fn of_event(event: OwnedFd) -> Self {
+        Self {
+            worker: Sleeper::Event(event).into(),
+            ..Self::default()
+        }
+    }
+
+    /// Names the thread that waits, if it does not wait for an event. What was rung before reaches
+    /// it now.
     pub(super) fn attach(&self, worker: Thread) {
-        worker.unpark();
-        let _ = self.worker.set(worker);
+        self.worker.get_or_init(|| Sleeper::Thread(worker)).wake();
     }
 
     /// Wakes the worker.
@@ -27,7 +55,7 @@ impl Doorbell {
         if !self.rung.swap(true, Ordering::SeqCst)
             && let Some(worker) = self.worker.get()
         {
-            worker.unpark();
+            worker.wake();
         }
     }
 
@@ -35,8 +63,14 @@ impl Doorbell {
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         if let Some(worker) = self.worker.get() {
-            worker.unpark();
+            worker.wake();
         }
+    }
+
+    /// Forgets rings so far: to be called by a worker that sleeps on file descriptors, before it
+    /// looks at what they were about.
+    pub(super) fn answer(&self) {
+        self.rung.store(false, Ordering::SeqCst);
     }
 
     /// Whether the worker is to finish.
@@ -85,5 +119,27 @@ mod tests {
 
         bell.stop();
         thread.join().unwrap();
+    }
+
+    #[test]
+    fn an_event_comes_with_the_first_ring_after_an_answer() {
+        use rustix::event::{EventfdFlags, eventfd};
+        let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let bell = Doorbell::of_event(event.try_clone().unwrap());
+        let events = || {
+            let mut count = [0; 8];
+            rustix::io::read(&event, &mut count).map(|_| u64::from_ne_bytes(count))
+        };
+        bell.ring();
+        bell.ring();
+        assert_eq!(events(), Ok(1));
+
+        bell.answer();
+        bell.ring();
+        assert_eq!(events(), Ok(1));
+
+        bell.stop();
+        assert_eq!(events(), Ok(1));
+        assert!(bell.is_stopping());
     }
 }

@@ -20,6 +20,7 @@ mod net;
 mod pipe;
 mod root;
 mod sys;
+mod vsock;
 
 use std::io;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use std::thread::{self, JoinHandle};
 
 use strata_devices::pci::{BusFull, PciLayout};
 use strata_devices::virtio::{
-    Block, BlockConfig, Console, Entropy, MAX_PORTS, Net, NetConfig, PortConfig,
+    Block, BlockConfig, Console, Entropy, MAX_PORTS, Net, NetConfig, PortConfig, Vsock,
 };
 use strata_memory::GuestMemory;
 
@@ -39,6 +40,7 @@ pub use root::PciRoot;
 use root::{Endpoint, Shared};
 pub use strata_disk::OpenError;
 use strata_net::Joined;
+pub use vsock::Door;
 
 pub use crate::config::ConsolePort as Port;
 
@@ -173,6 +175,18 @@ impl Devices {
             net::transmit(&card, &wire, bell);
         })?;
         self.cables.push(cable);
+        self.plug(shared)
+    }
+
+    /// Adds a socket device whose guest has the context ID `cid`, for those who come in through
+    /// `door`.
+    pub fn add_vsock(&mut self, cid: u32, door: Door) -> Result<(), Error> {
+        let bell = door.bell();
+        let shared = Shared::new(Vsock::new(cid), &self.connect, |_| Arc::clone(&bell));
+        let (device, memory) = (Arc::clone(&shared), self.connect.memory.ram().clone());
+        self.spawn("vsock", &bell, move |bell| {
+            vsock::serve(&device, &memory, &door, bell);
+        })?;
         self.plug(shared)
     }
 

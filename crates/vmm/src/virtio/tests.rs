@@ -438,3 +438,5 @@ fn a_driver_learns_that_its_network_has_gone() {
     device.bar_read(0, bar::DEVICE + 6, &mut status);
     assert_eq!(status, [0, 0]);
 }
+
+mod vsock;

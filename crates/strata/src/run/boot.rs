@@ -1,0 +1,259 @@
+//! What a machine boots: a kernel of the user's, or the appliance with what the guest is to do.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use strata_disk::Format;
+use strata_image::oci::{self, Image, Lease, Store};
+use strata_machines::Machine;
+use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
+use strata_protocol::{Container, GREETING, Network, Run, Session, Size};
+use strata_vmm::{DiskConfig, InitrdPart};
+
+use super::Fault;
+use crate::appliance;
+use crate::cli::{Init, RunArgs};
+use crate::terminal;
+use crate::units;
+
+/// Kernel command line of the default appliance. The console is the serial line; a panic
+/// resets at once, so that a run never hangs on one; boot messages stay out of the way.
+const APPLIANCE_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+
+/// Added where boot messages are not asked for.
+const QUIET: &str = "quiet";
+
+/// What the image of a machine in the background writes, in the machine's directory, and how much
+/// that may be if nothing is said, bytes. It takes room as it is written to.
+const SCRATCH: &str = "scratch.img";
+const SCRATCH_SIZE: u64 = 16 << 30;
+
+/// Where what runs in the guest has its streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Talk {
+    OnConsole,
+    OnPorts,
+    /// Nothing runs by itself.
+    Nobody,
+}
+
+/// What shapes a boot beside the arguments.
+pub(super) struct Wanted<'a> {
+    pub(super) args: &'a RunArgs,
+    /// Boot messages are shown.
+    pub(super) verbose: bool,
+    pub(super) talk: Talk,
+    /// The guest's place on its network.
+    pub(super) joined: Option<&'a Joined>,
+    /// What the guest is to be called.
+    pub(super) name: Option<String>,
+    /// The machine, if it lasts: what its image writes does, too.
+    pub(super) lasting: Option<&'a Machine>,
+}
+
+/// What is booted.
+pub(super) struct Boot {
+    pub(super) kernel: PathBuf,
+    pub(super) initrd: Vec<InitrdPart>,
+    /// `None`: what suits the kernel.
+    pub(super) command_line: Option<String>,
+    /// What the guest says when it is ready for input; empty where nothing is known of it.
+    pub(super) greeting: &'static str,
+    pub(super) disks: Vec<DiskConfig>,
+    /// What keeps the image's disks until the machine has them open: its layers, and the file
+    /// without a name that is written to.
+    pub(super) keeps: (Option<Lease>, Option<File>),
+}
+
+impl Boot {
+    pub(super) fn prepare(wanted: &Wanted<'_>) -> Result<Self, Fault> {
+        let args = wanted.args;
+        let mut disks = disks(args);
+        if let Some(kernel) = &args.kernel {
+            return Ok(Self {
+                kernel: kernel.clone(),
+                initrd: args.initrd.iter().cloned().map(InitrdPart::File).collect(),
+                command_line: args.append.clone(),
+                greeting: "",
+                disks,
+                keeps: (None, None),
+            });
+        }
+        let mut command = args.command.clone();
+        let mut container = None;
+        let mut keeps = (None, None);
+        if let Some(name) = &args.image {
+            let store = Store::of_user()?;
+            keeps.0 = Some(store.lease()?);
+            let pinned = wanted
+                .lasting
+                .and_then(|machine| machine.asked().image.as_ref());
+            let image = match pinned {
+                Some(pinned) => store.pinned(&pinned.name, &pinned.id)?,
+                None => store.find(name)?,
+            };
+            command = words(&image, &args.command);
+            if command.is_empty() && args.init == Init::Strata {
+                return Err(Fault::NoCommand(name.clone()));
+            }
+            container = Some(wanted.container(&store, &image, &mut disks, &mut keeps.1)?);
+        }
+        let appliance = appliance::get().map_err(Fault::Appliance)?;
+        let mut command_line = APPLIANCE_COMMAND_LINE.to_owned();
+        for more in (!wanted.verbose)
+            .then_some(QUIET)
+            .into_iter()
+            .chain(args.append.as_deref())
+        {
+            command_line = format!("{command_line} {more}");
+        }
+        let session = wanted.session(&command, container);
+        Ok(Self {
+            kernel: appliance.kernel,
+            initrd: vec![
+                InitrdPart::File(appliance.initramfs),
+                InitrdPart::Bytes(strata_image::segment(&session)),
+            ],
+            command_line: Some(command_line),
+            // An init of the image's own says what it likes, and never that.
+            greeting: match args.init {
+                Init::Image => "",
+                Init::Strata => GREETING,
+            },
+            disks,
+            keeps,
+        })
+    }
+}
+
+impl Wanted<'_> {
+    /// Adds the disks of an image, and says which they are and how commands run there.
+    fn container(
+        &self,
+        store: &Store,
+        image: &Image,
+        disks: &mut Vec<DiskConfig>,
+        unnamed: &mut Option<File>,
+    ) -> Result<Container, Fault> {
+        let mut add = |path: PathBuf, read_only| {
+            disks.push(DiskConfig {
+                path,
+                format: Some(Format::Raw),
+                read_only,
+            });
+            disk_name(disks.len() - 1)
+        };
+        let layers = image.layers.iter();
+        let layers = layers.map(|layer| add(layer.path.clone(), true)).collect();
+        let scratch = match (self.lasting, self.args.scratch) {
+            (Some(machine), size) => {
+                let path = machine.directory().join(SCRATCH);
+                oci::scratch_at(&path, size.unwrap_or(SCRATCH_SIZE))?;
+                Some(add(path, false))
+            }
+            (None, Some(size)) => {
+                let file = unnamed.insert(oci::scratch(store, size)?);
+                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+                Some(add(path.into(), false))
+            }
+            (None, None) => None,
+        };
+        let config = image.config.config().clone().unwrap_or_default();
+        let stop_signal = config.stop_signal().as_ref();
+        Ok(Container {
+            layers,
+            scratch,
+            environment: bytes_of(config.env().iter().flatten()),
+            user: config.user().clone().unwrap_or_default(),
+            directory: config.working_dir().clone().unwrap_or_default(),
+            volumes: config.volumes().clone().unwrap_or_default(),
+            stop_signal: stop_signal.and_then(|name| units::signal(name).ok()),
+        })
+    }
+
+    fn session(&self, command: &[OsString], container: Option<Container>) -> Session {
+        Session {
+            run: match self.args.init {
+                Init::Image => Run::Init,
+                Init::Strata if !command.is_empty() => Run::Command {
+                    words: bytes_of(command),
+                    on_console: self.talk == Talk::OnConsole,
+                },
+                Init::Strata if self.talk == Talk::Nobody => Run::Wait,
+                Init::Strata => Run::Shell,
+            },
+            container,
+            term: std::env::var_os("TERM")
+                .filter(|_| io::stdout().is_terminal())
+                .map(OsString::into_vec),
+            size: terminal::size().map(|(rows, columns)| Size { rows, columns }),
+            name: self.name.clone(),
+            network: self.joined.map(|joined| Network {
+                address: joined.addresses.ipv4,
+                bits: SUBNET_BITS,
+                gateway: GATEWAY,
+                domain: DOMAIN.to_owned(),
+            }),
+            mounts: Vec::new(),
+        }
+    }
+}
+
+/// What runs in an image: its entry point, with its own arguments or those that were given.
+fn words(image: &Image, given: &[OsString]) -> Vec<OsString> {
+    let config = image.config.config().clone().unwrap_or_default();
+    let own = |words: &Option<Vec<String>>| -> Vec<OsString> {
+        words.iter().flatten().map(OsString::from).collect()
+    };
+    let mut words = own(config.entrypoint());
+    if given.is_empty() {
+        words.extend(own(config.cmd()));
+    } else {
+        words.extend_from_slice(given);
+    }
+    words
+}
+
+fn bytes_of(words: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Vec<Vec<u8>> {
+    let words = words.into_iter();
+    words
+        .map(|word| word.as_ref().as_bytes().to_vec())
+        .collect()
+}
+
+/// What Linux calls the nth virtio disk, counted from 0: vda to vdz, vdaa to vdzz.
+fn disk_name(number: usize) -> String {
+    let letter = |number: usize| char::from(b'a' + (number % 26) as u8);
+    let mut name = "vd".to_owned();
+    if number >= 26 {
+        name.push(letter(number / 26 - 1));
+    }
+    name.push(letter(number));
+    name
+}
+
+fn disks(args: &RunArgs) -> Vec<DiskConfig> {
+    args.disks
+        .iter()
+        .map(|disk| DiskConfig {
+            path: disk.path.clone(),
+            format: disk.format,
+            read_only: disk.read_only,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_called_as_linux_calls_them() {
+        let names = [0, 1, 25, 26, 27, 51, 52].map(disk_name);
+        assert_eq!(names, ["vda", "vdb", "vdz", "vdaa", "vdab", "vdaz", "vdba"]);
+    }
+}
