@@ -15,6 +15,7 @@ use std::ptr;
 use std::thread;
 use std::time::Duration;
 
+use strata_machines::{Entry, LogReader, LogSize, LogWriter, Registry, Spec, State, Stream};
 use strata_sandbox::{Layer, Role, enter};
 
 const PASSWD: &CStr = c"/etc/passwd";
@@ -496,4 +497,39 @@ fn a_switch_is_stopped_at_other_sockets_threads_and_programs() {
     stopped("clone", [libc::SYS_clone, i64::from(libc::SIGCHLD), 0, 0]);
     stopped("execve", [libc::SYS_execve, 0, 0, 0]);
     stopped("ptrace", [libc::SYS_ptrace, 0, 0, 0]);
+}
+
+#[test]
+fn a_machine_keeps_its_log_and_says_how_it_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let machine = Registry::at(directory.path()).create(&Spec::default());
+    let machine = machine.unwrap();
+    let mut claim = machine.claim().unwrap();
+    claim.started().unwrap();
+    let size = LogSize {
+        segments: 2,
+        bytes: 256,
+    };
+    let mut log = LogWriter::open_sized(&machine.directory(), size).unwrap();
+
+    let told = told(&Layer::ALL, move || {
+        for number in 0..100 {
+            let text = format!("line {number} of some that fill segments");
+            if log.write(Stream::Console, text.as_bytes()).is_err() {
+                return 1;
+            }
+        }
+        let end = strata_machines::End::now(7, "exited");
+        i32::from(claim.end(end).is_err())
+    });
+
+    let Some((end, text)) = told else { return };
+    assert_eq!(end, End::Errno(0), "{text}");
+    assert!(matches!(machine.state().unwrap(), State::Ended(end) if end.status == 7));
+    let mut reader = LogReader::open(&machine.directory());
+    let entries = std::iter::from_fn(|| reader.read().unwrap());
+    let Some(Entry::Record(last)) = entries.last() else {
+        panic!("the log is empty");
+    };
+    assert!(last.bytes.starts_with(b"line 99 "));
 }

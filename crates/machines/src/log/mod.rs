@@ -16,6 +16,9 @@ mod format;
 mod reader;
 mod writer;
 
+#[cfg(test)]
+mod tests;
+
 pub use format::Stream;
 pub use reader::{Entry, LogReader, Record};
 pub use writer::{LogSize, LogWriter};

@@ -131,10 +131,7 @@ impl LogReader {
                 }
                 continue;
             }
-            let number = self.segment.as_ref().map_or(0, |(header, _)| header.number);
-            let segments = format::segments(&self.directory)?;
-            let next = segments.into_iter().find(|(it, _)| it.number > number);
-            let Some(next) = next else {
+            let Some(next) = self.next_segment()? else {
                 return Ok(None);
             };
             // Now this segment is complete, which it may not have been above.
@@ -171,6 +168,23 @@ impl LogReader {
             }
             thread::sleep(left.min(LOOK));
         }
+    }
+
+    /// The oldest segment after this one.
+    fn next_segment(&self) -> Result<Option<(Header, File)>> {
+        let number = self.segment.as_ref().map(|(header, _)| header.number);
+        let after = number.unwrap_or(0);
+        let look = || -> Result<_> {
+            let mut segments = format::segments(&self.directory)?.into_iter();
+            Ok(segments.find(|(header, _)| header.number > after))
+        };
+        let next = look()?;
+        let is_gap = |(header, _): &(Header, File)| header.number - after > 1;
+        if number.is_some() && next.as_ref().is_some_and(is_gap) {
+            // One between may have been begun after its file was looked at.
+            return look();
+        }
+        Ok(next)
     }
 
     /// The record that is next in this segment.
