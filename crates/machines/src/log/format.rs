@@ -212,16 +212,35 @@ pub(super) fn segments(directory: &Path) -> Result<Vec<(Header, File)>> {
     Ok(segments)
 }
 
-/// Removes the files of a log from `index` on.
-pub(super) fn remove_from(directory: &Path, index: usize) -> Result<()> {
-    for index in (index..MAX_SEGMENTS).rev() {
+/// Leaves a log no more than `count` files, those of the highest numbers.
+pub(super) fn shrink(directory: &Path, count: usize) -> Result<()> {
+    let number = |index: usize| -> Result<Option<u64>> {
         let path = path(directory, index);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(Error::io("remove the file", &path)(error));
-            }
-            _ => {}
+        match File::open(&path) {
+            Ok(file) => Ok(Some(
+                Header::read(&path, &file)?.map_or(0, |header| header.number),
+            )),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("open the file", &path)(error)),
         }
+    };
+    // From the last on, so that there is no gap at any time.
+    for index in (count..MAX_SEGMENTS).rev() {
+        let Some(surplus) = number(index)? else {
+            continue;
+        };
+        let mut oldest = (surplus, index);
+        for index in 0..count {
+            oldest = oldest.min((number(index)?.unwrap_or(0), index));
+        }
+        // The oldest of all is removed; another file takes its place.
+        let (from, to) = (path(directory, index), path(directory, oldest.1));
+        let removed = if oldest.1 == index {
+            fs::remove_file(&from)
+        } else {
+            fs::rename(&from, &to)
+        };
+        removed.map_err(Error::io("remove the file", &from))?;
     }
     Ok(())
 }

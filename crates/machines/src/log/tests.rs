@@ -456,6 +456,32 @@ fn a_log_may_be_opened_with_another_size() {
 }
 
 #[test]
+fn a_log_with_fewer_segments_keeps_the_newest() {
+    let long = |number: i32| format!("{number:0>150} ");
+    for written in 1..12 {
+        let (directory, _, mut writer) = log(5, 256);
+        for number in 0..written {
+            write(&mut writer, &long(number));
+        }
+        let mut follower = LogReader::open(directory.path());
+        while follower.read().unwrap().is_some() {}
+        let size = LogSize {
+            segments: 2,
+            bytes: 256,
+        };
+
+        let mut writer = LogWriter::open_sized(directory.path(), size).unwrap();
+
+        let text = text_of(&mut LogReader::open(directory.path()));
+        let kept: Vec<String> = (0.max(written - 2)..written).map(long).collect();
+        assert_eq!(text, kept.concat());
+        write(&mut writer, "next");
+        assert_eq!(text_of(&mut follower), "next");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
+}
+
+#[test]
 fn a_log_of_a_newer_version_is_an_error() {
     let (directory, size, writer) = log(2, 256);
     drop(writer);

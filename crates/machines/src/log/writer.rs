@@ -72,7 +72,7 @@ impl LogWriter {
             bytes: size.bytes.max(MIN_BYTES),
         };
         files::create_directory(directory)?;
-        format::remove_from(directory, size.segments)?;
+        format::shrink(directory, size.segments)?;
         let mut segments = Vec::new();
         let mut newest: Option<(usize, Header)> = None;
         for index in 0..size.segments {
