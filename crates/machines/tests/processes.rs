@@ -46,6 +46,12 @@ fn the_machine() {
                 }
             }
         }
+        ("anything", seed) => {
+            for step in 0_u64.. {
+                do_anything(&registry, seed.parse::<u64>().unwrap() + step);
+                println!("\nstep {step}");
+            }
+        }
         ("print", directory) => {
             let size = LogSize {
                 segments: 3,
@@ -59,6 +65,41 @@ fn the_machine() {
             }
         }
         (other, _) => panic!("no such order: {other}"),
+    }
+}
+
+/// Does one of the things that commands do. Some of it has to fail, as others do the same.
+fn do_anything(registry: &Registry, number: u64) {
+    // scattered, so that neighbours do not do the same (a multiplier of L'Ecuyer's)
+    let mixed = number.wrapping_mul(3_935_559_000_370_003_845) >> 32;
+    let name = format!("machine-{}", mixed % 3);
+    let done = match mixed / 3 % 8 {
+        0 | 1 => registry.create(&spec(&name)).map(drop),
+        2 => registry.create_ephemeral(&spec(&name)).map(drop),
+        3 => registry
+            .find(&name)
+            .and_then(|it| it.claim())
+            .and_then(|mut claim| claim.started()),
+        4 => registry
+            .find(&name)
+            .and_then(|it| it.claim())
+            .and_then(|claim| claim.end(End::now(0, "exited"))),
+        5 => registry.find(&name).and_then(|it| it.remove()),
+        6 => registry.find(&name).and_then(|it| it.state()).map(drop),
+        _ => registry.list().map(|machines| {
+            assert!(machines.iter().all(Result::is_ok), "{machines:?}");
+        }),
+    };
+    match done {
+        Ok(())
+        | Err(
+            Error::NameTaken { .. }
+            | Error::NoSuchMachine(_)
+            | Error::Gone(_)
+            | Error::AlreadyRunning(_)
+            | Error::StillRunning(_),
+        ) => {}
+        Err(error) => panic!("{error}: {error:?}"),
     }
 }
 
@@ -177,6 +218,43 @@ fn of_processes_that_create_the_same_names_one_gets_each() {
     assert_eq!(created.len(), NAMES);
     let listed = Registry::at(root.path()).list().unwrap();
     assert_eq!(listed.iter().filter(|it| it.is_ok()).count(), NAMES);
+}
+
+#[test]
+fn processes_that_do_anything_and_are_killed_leave_a_registry_that_is_whole() {
+    let root = TempDir::new().unwrap();
+    let registry = Registry::at(root.path());
+    let start = |seed: usize| spawn(root.path(), &format!("anything {}", seed * 1_000_000));
+    let mut children: Vec<_> = (0..4).map(start).collect();
+
+    for round in 4..40 {
+        let (mut child, output) = children.remove(0);
+        let last = format!("step {}", round % 13);
+        let mut lines = output.lines().map(Result::unwrap);
+        assert!(lines.any(|line| line == last), "it has panicked");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        children.push(start(round));
+    }
+    for (mut child, _output) in children {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    let machines = registry.list().unwrap().into_iter();
+    let machines: Vec<_> = machines.map(Result::unwrap).collect();
+    let mut names: Vec<_> = machines.iter().map(|it| it.name().to_owned()).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), machines.len());
+    for machine in &machines {
+        assert!(!machine.asked().ephemeral);
+        assert!(!machine.state().unwrap().is_running());
+        machine.claim().unwrap().end(End::now(0, "exited")).unwrap();
+        machine.remove().unwrap();
+    }
+    let left: Vec<_> = std::fs::read_dir(root.path()).unwrap().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
 }
 
 #[test]
