@@ -144,8 +144,13 @@ impl Registry {
         files::make_private(&self.root)?;
         let path = self.root.join(LOCK);
         let lock = files::open_or_create(&path)?;
-        lock.lock().map_err(Error::io("lock the file", &path))?;
-        Ok(Guard { _lock: lock })
+        loop {
+            match lock.lock() {
+                Ok(()) => return Ok(Guard { _lock: lock }),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Error::io("lock the file", &path)(error)),
+            }
+        }
     }
 
     /// Lets others in, and deletes what has been removed: that may take long.

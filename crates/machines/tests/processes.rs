@@ -52,6 +52,10 @@ fn the_machine() {
                 println!("\nstep {step}");
             }
         }
+        ("user", _) => match Registry::of_user() {
+            Ok(registry) => println!("\nroot {}", registry.root().display()),
+            Err(error) => println!("\nroot: {error}"),
+        },
         ("print", directory) => {
             let size = LogSize {
                 segments: 3,
@@ -114,15 +118,19 @@ fn wait_for_end_of_input() {
     io::stdin().read_to_end(&mut Vec::new()).unwrap();
 }
 
-fn spawn(root: &Path, order: &str) -> (Child, BufReader<ChildStdout>) {
-    let mut child = Command::new(env::current_exe().unwrap())
+fn command(root: &Path, order: &str) -> Command {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command
         .args(["--exact", "the_machine", "--nocapture"])
         .env(ROOT, root)
         .env(ORDER, order)
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+        .stdout(Stdio::piped());
+    command
+}
+
+fn spawn(root: &Path, order: &str) -> (Child, BufReader<ChildStdout>) {
+    let mut child = command(root, order).spawn().unwrap();
     let output = BufReader::new(child.stdout.take().unwrap());
     (child, output)
 }
@@ -133,6 +141,23 @@ fn spawn_ready(root: &Path, order: &str) -> (Child, BufReader<ChildStdout>) {
     let mut lines = output.by_ref().lines().map(Result::unwrap);
     assert!(lines.any(|line| line == "ready"));
     (child, output)
+}
+
+#[test]
+fn the_users_registry_is_where_the_environment_says() {
+    let root = |state: &str, home: &str| {
+        let mut command = command(Path::new("/"), "user -");
+        command.env("XDG_STATE_HOME", state).env("HOME", home);
+        let output = String::from_utf8(command.output().unwrap().stdout).unwrap();
+        let line = output.lines().find(|line| line.starts_with("root"));
+        line.unwrap().to_owned()
+    };
+
+    assert_eq!(root("/state", "/home/me"), "root /state/strata/machines");
+    let below_home = "root /home/me/.local/state/strata/machines";
+    assert_eq!(root("", "/home/me"), below_home);
+    assert_eq!(root("relative", "/home/me"), below_home);
+    assert!(root("", "").contains("neither XDG_STATE_HOME nor HOME"));
 }
 
 #[test]
