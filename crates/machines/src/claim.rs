@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Outlives};
 use crate::machine::{self, End, Machine};
 use crate::process::{self, Place};
 use crate::registry::Guard;
@@ -32,6 +32,7 @@ const MAX_END: u64 = 16 << 10;
 #[derive(Debug)]
 pub struct Claim {
     directory: PathBuf,
+    outlives: Outlives,
     run: Run,
     /// Open for the end: a process that is locked up cannot open or rename files any more.
     end: File,
@@ -66,6 +67,7 @@ impl Claim {
     /// Claims the machine, which is there.
     pub(crate) fn take(_: &Guard, machine: &Machine) -> Result<Self> {
         let directory = machine.directory();
+        let outlives = machine.asked().outlives();
         let path = directory.join(LOCK);
         let lock = files::open_or_create(&path)?;
         match lock.try_lock() {
@@ -86,10 +88,11 @@ impl Claim {
             started: None,
         };
         // In this order: an end without its run is that of the run before.
-        run.write(&directory)?;
-        let end = files::write_whole(&directory.join(END), b"")?;
+        run.write(&directory, outlives)?;
+        let end = files::write_whole(&directory.join(END), b"", outlives)?;
         Ok(Self {
             directory,
+            outlives,
             run,
             end,
             _lock: lock,
@@ -105,7 +108,7 @@ impl Claim {
     /// is locked up.
     pub fn started(&mut self) -> Result<()> {
         self.run.started = Some(machine::now());
-        self.run.write(&self.directory)
+        self.run.write(&self.directory, self.outlives)
     }
 
     /// Says how the machine ended, and gives the hold back. It needs no more than write, sync and
@@ -152,9 +155,9 @@ impl Run {
         Ok((kept.number == self.number).then_some(kept.end))
     }
 
-    fn write(&self, directory: &Path) -> Result<()> {
+    fn write(&self, directory: &Path, outlives: Outlives) -> Result<()> {
         let path = directory.join(RUN);
-        files::write_whole(&path, &files::to_text(&path, self)?)?;
+        files::write_whole(&path, &files::to_text(&path, self)?, outlives)?;
         Ok(())
     }
 }

@@ -42,17 +42,29 @@ pub(crate) fn to_text<T: Serialize>(path: &Path, content: &T) -> Result<Vec<u8>>
     Ok(text)
 }
 
-/// Writes a file that is there wholly or not at all, and stays. Nobody else writes it meanwhile.
-pub(crate) fn write_whole(path: &Path, text: &[u8]) -> Result<File> {
+/// What a file has to outlive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outlives {
+    /// A power failure.
+    Power,
+    /// The process that writes it: what belongs to a machine that vanishes with that one.
+    Process,
+}
+
+/// Writes a file that is there wholly or not at all. Nobody else writes it meanwhile.
+pub(crate) fn write_whole(path: &Path, text: &[u8], outlives: Outlives) -> Result<File> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let partial = path.with_file_name(name);
     let mut file = create(&partial)?;
+    let lasts = outlives == Outlives::Power;
     file.write_all(text)
-        .and_then(|()| file.sync_all())
+        .and_then(|()| if lasts { file.sync_all() } else { Ok(()) })
         .map_err(Error::io("write the file", &partial))?;
     fs::rename(&partial, path).map_err(Error::io("rename a file to", path))?;
-    sync_directory(path.parent().unwrap_or(Path::new(".")))?;
+    if lasts {
+        sync_directory(path.parent().unwrap_or(Path::new(".")))?;
+    }
     Ok(file)
 }
 

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::claim::{self, Claim, Run};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Outlives};
 use crate::process::{self, Place, Process};
 use crate::registry::Registry;
 
@@ -98,6 +98,17 @@ pub struct End {
     pub status: u8,
     /// What happened, in words such as `exited`, `stopped` or `kernel panic`.
     pub reason: String,
+}
+
+impl Asked {
+    /// What its files have to outlive.
+    pub(crate) fn outlives(&self) -> Outlives {
+        if self.ephemeral {
+            Outlives::Process
+        } else {
+            Outlives::Power
+        }
+    }
 }
 
 impl State {
@@ -282,7 +293,7 @@ impl Machine {
 /// Writes what was asked for.
 pub(crate) fn write(directory: &Path, asked: &Asked) -> Result<()> {
     let path = directory.join(ASKED);
-    files::write_whole(&path, &files::to_text(&path, asked)?)?;
+    files::write_whole(&path, &files::to_text(&path, asked)?, asked.outlives())?;
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use crate::claim::{self, Claim};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Outlives};
 use crate::machine::{self, Asked, Image, Machine};
 use crate::name;
 
@@ -168,6 +168,8 @@ impl Registry {
     /// Takes the directory of a machine out of the registry, and then deletes it.
     pub(crate) fn discard(&self, guard: Guard, id: &str) -> Result<()> {
         let gone = self.retire(&guard, &self.directory_of(id), id)?;
+        // Who swept has forgotten it anyway, and would again.
+        files::sync_directory(&self.root)?;
         drop(guard);
         delete(&gone)
     }
@@ -175,7 +177,6 @@ impl Registry {
     fn retire(&self, _: &Guard, directory: &Path, id: &str) -> Result<PathBuf> {
         let gone = self.root.join(format!("{GONE}{id}"));
         fs::rename(directory, &gone).map_err(Error::io("rename the directory", directory))?;
-        files::sync_directory(&self.root)?;
         Ok(gone)
     }
 
@@ -221,7 +222,9 @@ impl Registry {
         machine::write(&partial, &asked)?;
         let directory = self.directory_of(&asked.id);
         fs::rename(&partial, &directory).map_err(Error::io("rename a directory to", &directory))?;
-        files::sync_directory(&self.root)?;
+        if asked.outlives() == Outlives::Power {
+            files::sync_directory(&self.root)?;
+        }
         Ok(Machine::new(self, asked))
     }
 

@@ -366,7 +366,9 @@ impl<'a> Program<'a> {
                 0
             }
             Ok(count) => {
-                self.tell(&Reply::Output(stream, piece[..count].to_vec()));
+                if self.host.is_some() {
+                    self.tell(&Reply::Output(stream, piece[..count].to_vec()));
+                }
                 count
             }
             Err(_) => 0,
@@ -386,8 +388,11 @@ impl<'a> Program<'a> {
         self.host = None;
         self.pending.clear();
         self.ends.input = None;
-        self.ends.stdout = None;
-        self.ends.stderr = None;
+        if self.ends.terminal {
+            self.ends.stdout = None;
+        }
+        // What it still writes to pipes is thrown away: it may have last things to do, and would
+        // end in a write to a pipe that nobody reads.
         for signal in [Signal::HUP, Signal::CONT] {
             let _ = kill_process_group(self.pid, signal);
         }

@@ -64,7 +64,8 @@ fn stop_one(machine: &Machine, time: Duration) -> Result<(), Fault> {
     let asked = Agent::ask_within(machine, &Request::Stop, HEARING.min(time))
         .and_then(|mut agent| agent.reply());
     match asked {
-        Ok(_) => {
+        // It may go down before it has answered.
+        Ok(_) | Err(Fault::Broken(_)) => {
             if is_gone(machine, time)? {
                 return Ok(());
             }
@@ -73,8 +74,6 @@ fn stop_one(machine: &Machine, time: Duration) -> Result<(), Fault> {
                 machine.name()
             ));
         }
-        // It may have gone before it could answer.
-        Err(_) if !machine.state()?.is_running() => return Ok(()),
         Err(fault) => tracing::info!("'{}' cannot be asked: {fault}", machine.name()),
     }
     end(machine)

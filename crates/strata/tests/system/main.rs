@@ -14,6 +14,7 @@ mod guest;
 mod host;
 mod images;
 mod kernels;
+mod life;
 mod memory;
 mod multiboot;
 mod namespaces;

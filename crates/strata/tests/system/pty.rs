@@ -38,13 +38,21 @@ pub(crate) struct Session {
     before: String,
     shown: Receiver<Vec<u8>>,
     screen: String,
-    _slot: Slot,
+    _slot: Option<Slot>,
 }
 
 impl Session {
     /// Starts `command` with a terminal as all three of its standard streams.
-    pub(crate) fn start(mut command: Command) -> Self {
-        let slot = Slot::take();
+    pub(crate) fn start(command: Command) -> Self {
+        Self::start_with(Some(Slot::take()), command)
+    }
+
+    /// The same for a command that runs no guest of its own.
+    pub(crate) fn start_beside(command: Command) -> Self {
+        Self::start_with(None, command)
+    }
+
+    fn start_with(slot: Option<Slot>, mut command: Command) -> Self {
         let (master, terminal) = open();
         let before = all_of(&set_up(&terminal));
         let stream = || Stdio::from(terminal.try_clone().unwrap());
@@ -66,6 +74,19 @@ impl Session {
             screen: String::new(),
             _slot: slot,
         }
+    }
+
+    /// Gives the terminal another size, as a window manager does.
+    pub(crate) fn resize(&self, rows: u16, columns: u16) {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        tcsetwinsize(&self.terminal, size).unwrap();
+        // It is told to those who have it as their controlling terminal, which nobody has here.
+        kill_process(Pid::from_child(&self.child), Signal::WINCH).unwrap();
     }
 
     pub(crate) fn type_keys(&mut self, keys: &str) {
