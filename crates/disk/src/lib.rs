@@ -4,7 +4,7 @@
 //!   virtio-blk, `strata disk` ──► Disk ──┬── Raw ────────────────────────────► HostFile
 //!                                        ├── Qcow2 ── tables, refcounts ─────► HostFile
 //!                                        │     └───── backing image ─────────► Disk
-//!                                        └── VHD, VHDX, VMDK: only read ─────► HostFile
+//!                                        ├── VHD, VHDX, VMDK: only read ─────► HostFile
 //! ```
 //!
 //! A [`Disk`] is a row of bytes that several threads read and write at once. What a flush said is
@@ -18,6 +18,7 @@ mod copy;
 mod error;
 mod host;
 mod open;
+mod pieces;
 pub mod qcow2;
 mod raw;
 mod resume;
@@ -59,6 +60,11 @@ pub trait Disk: Send + Sync + Debug {
 
     /// Makes everything durable that was written before.
     fn flush(&self) -> Result<()>;
+
+    /// Bytes that are best changed together, such as a cluster: a power of two.
+    fn unit(&self) -> u64 {
+        4096
+    }
 
     /// What there is at `offset`, and how far it goes on, up to `length` bytes; `length` is not 0.
     fn extent(&self, offset: u64, length: u64) -> Result<Extent>;
