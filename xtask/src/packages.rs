@@ -33,6 +33,12 @@ pub(crate) const IPERF3: Program = Program {
     package: "iperf3",
 };
 
+/// Disk images, as the peer has them.
+pub(crate) const QEMU_IMG: Program = Program {
+    name: "qemu-img",
+    package: "qemu-utils",
+};
+
 /// What the tests need.
 pub(crate) const FOR_TESTS: &[Program] = &[
     GCC,
@@ -48,9 +54,10 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         name: "mke2fs",
         package: "e2fsprogs",
     },
+    QEMU_IMG,
     Program {
-        name: "qemu-img",
-        package: "qemu-utils",
+        name: "sfdisk",
+        package: "fdisk",
     },
     Program {
         name: "fsck.erofs",

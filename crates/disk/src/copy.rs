@@ -1,19 +1,14 @@
 //! Copying what is on one disk to another, leaving out what is zeroes.
 
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
+use std::sync::{Mutex, PoisonError};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::pieces::{Crew, Piece, each_piece};
 use crate::{Buffers, Disk};
 
-/// Bytes copied at once.
-const PIECE: u64 = 2 << 20;
 /// Zeroes in data are looked for in parts of so many bytes.
 const GRAIN: usize = 4096;
-/// Threads that copy.
-const THREADS: usize = 4;
 
 /// What a copy did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,12 +27,18 @@ pub fn copy(
     blank: bool,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Copied> {
+    // The kernel has one write a file at a time; a thread that waits for its turn there spins, and
+    // takes the CPU from the one that reads.
+    let turn = Mutex::new(());
     let put = |at: u64, part: Part| match part {
         Part::Zeroes(_) if blank => Ok(()),
         Part::Zeroes(length) => to.write_zeroes(at, length, true),
-        Part::Data(bytes) => to.write(at, Buffers::from(bytes)),
+        Part::Data(bytes) => {
+            let _mine = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            to.write(at, Buffers::from(bytes))
+        }
     };
-    each_part(from, 0..from.size(), THREADS, progress, &put)
+    each_part(from, 0..from.size(), to.unit(), Crew::Two, progress, &put)
 }
 
 /// Bytes of a disk, as they are handed on.
@@ -48,96 +49,62 @@ pub(crate) enum Part<'a> {
     Data(&'a mut [u8]),
 }
 
-/// Reads a range of a disk and hands it on, in pieces that come in any order if there are several
-/// threads. `progress` is told how many bytes of the range are done.
+/// Reads a range of a disk and hands it on. The arguments are those of [`each_piece`].
 pub(crate) fn each_part(
     from: &dyn Disk,
     range: Range<u64>,
-    threads: usize,
+    unit: u64,
+    crew: Crew,
     progress: &(dyn Fn(u64) + Sync),
     put: &(dyn Fn(u64, Part) -> Result<()> + Sync),
 ) -> Result<Copied> {
-    let (next, done) = (AtomicU64::new(range.start), AtomicU64::new(0));
-    let (data, zeroes) = (AtomicU64::new(0), AtomicU64::new(0));
-    let failed = AtomicBool::new(false);
-    let error: Mutex<Option<Error>> = Mutex::new(None);
-    let work = || {
-        let mut bytes = vec![0; PIECE.min(range.end - range.start) as usize];
-        while !failed.load(Ordering::Relaxed) {
-            let start = next.fetch_add(PIECE, Ordering::Relaxed);
-            if start >= range.end {
-                break;
+    let copy = |piece: &Piece, bytes: &mut [u8]| {
+        let Range { start, end } = piece.range;
+        let mut copied = Copied::default();
+        let mut at = start;
+        while at < end {
+            let (length, kind) = if let Some(kind) = piece.kind {
+                (end - at, kind)
+            } else {
+                let extent = from.extent(at, end - at)?;
+                (extent.length.min(end - at), extent.kind)
+            };
+            if kind.is_zero() {
+                put(at, Part::Zeroes(length))?;
+                copied.zeroes += length;
+            } else {
+                let bytes = &mut bytes[..length as usize];
+                from.read(at, Buffers::from(&mut *bytes))?;
+                split(at, bytes, &mut copied, put)?;
             }
-            let end = range.end.min(start + PIECE);
-            let counts = piece(from, start, end, &mut bytes, put);
-            match counts {
-                Ok(copied) => {
-                    data.fetch_add(copied.data, Ordering::Relaxed);
-                    zeroes.fetch_add(copied.zeroes, Ordering::Relaxed);
-                    let before = done.fetch_add(end - start, Ordering::Relaxed);
-                    progress(before + end - start);
-                }
-                Err(what) => {
-                    failed.store(true, Ordering::Relaxed);
-                    if let Ok(mut first) = error.lock() {
-                        first.get_or_insert(what);
-                    }
-                }
-            }
+            at += length;
         }
+        Ok(copied)
     };
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(work);
-        }
-        work();
-    });
-    if let Some(error) = error.into_inner().ok().flatten() {
-        return Err(error);
-    }
-    Ok(Copied {
-        data: data.into_inner(),
-        zeroes: zeroes.into_inner(),
-    })
+    each_piece(from, range, unit, crew, progress, &copy)
 }
 
-fn piece(
-    from: &dyn Disk,
-    start: u64,
-    end: u64,
-    bytes: &mut [u8],
+/// Hands on data, and what is zeroes in it.
+fn split(
+    mut at: u64,
+    mut rest: &mut [u8],
+    copied: &mut Copied,
     put: &(dyn Fn(u64, Part) -> Result<()> + Sync),
-) -> Result<Copied> {
-    let mut copied = Copied::default();
-    let mut at = start;
-    while at < end {
-        let extent = from.extent(at, end - at)?;
-        let length = extent.length.min(end - at);
-        if extent.kind.is_zero() {
-            put(at, Part::Zeroes(length))?;
-            copied.zeroes += length;
+) -> Result<()> {
+    while !rest.is_empty() {
+        let (is_zero, length) = run(rest);
+        let (part, after) = rest.split_at_mut(length);
+        if is_zero {
+            put(at, Part::Zeroes(length as u64))?;
+            copied.zeroes += length as u64;
         } else {
-            let bytes = &mut bytes[..length as usize];
-            from.read(at, Buffers::from(&mut *bytes))?;
-            let mut rest = bytes;
-            let mut here = at;
-            while !rest.is_empty() {
-                let (is_zero, length) = run(rest);
-                let (part, after) = rest.split_at_mut(length);
-                if is_zero {
-                    put(here, Part::Zeroes(length as u64))?;
-                    copied.zeroes += length as u64;
-                } else {
-                    put(here, Part::Data(part))?;
-                    copied.data += length as u64;
-                }
-                here += length as u64;
-                rest = after;
-            }
+            put(at, Part::Data(part))?;
+            copied.data += length as u64;
         }
-        at += length;
+        at += length as u64;
+        rest = after;
     }
-    Ok(copied)
+    Ok(())
 }
 
 /// Reads all blocks of a disk that are not zeroes, in order, and hands them on with their numbers.
@@ -172,13 +139,15 @@ pub(crate) fn each_block(
 
 /// Whether bytes begin with zeroes, and how far they go on like that, in whole grains.
 fn run(bytes: &[u8]) -> (bool, usize) {
-    let is_zero = |grain: &[u8]| {
-        let (words, rest) = grain.as_chunks::<16>();
-        words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|b| *b == 0)
-    };
     let mut grains = bytes.chunks(GRAIN);
     let first = grains.next().is_some_and(is_zero);
     let same = grains.take_while(|grain| is_zero(grain) == first);
     let length = GRAIN + same.map(<[u8]>::len).sum::<usize>();
     (first, length.min(bytes.len()))
+}
+
+/// Whether all bytes are zeroes.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<16>();
+    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|b| *b == 0)
 }

@@ -4,7 +4,8 @@
 //!   virtio-blk, `strata disk` ──► Disk ──┬── Raw ────────────────────────────► HostFile
 //!                                        ├── Qcow2 ── tables, refcounts ─────► HostFile
 //!                                        │     └───── backing image ─────────► Disk
-//!                                        └── VHD, VHDX, VMDK: only read ─────► HostFile
+//!                                        ├── VHD, VHDX, VMDK: only read ─────► HostFile
+//!                                        └── Partitions: only read, of several ► Disk
 //! ```
 //!
 //! A [`Disk`] is a row of bytes that several threads read and write at once. What a flush said is
@@ -16,8 +17,10 @@ mod blocks;
 mod buffers;
 mod copy;
 mod error;
+mod gpt;
 mod host;
 mod open;
+mod pieces;
 pub mod qcow2;
 mod raw;
 mod resume;
@@ -30,6 +33,7 @@ use std::fmt::Debug;
 pub use buffers::Buffers;
 pub use copy::{Copied, copy};
 pub use error::{Error, Result};
+pub use gpt::Partitions;
 pub use host::HostFile;
 pub use open::{Format, OpenError, Opened, export, open, open_file};
 pub use qcow2::Qcow2;
@@ -59,6 +63,11 @@ pub trait Disk: Send + Sync + Debug {
 
     /// Makes everything durable that was written before.
     fn flush(&self) -> Result<()>;
+
+    /// Bytes that are best changed together, such as a cluster: a power of two.
+    fn unit(&self) -> u64 {
+        4096
+    }
 
     /// What there is at `offset`, and how far it goes on, up to `length` bytes; `length` is not 0.
     fn extent(&self, offset: u64, length: u64) -> Result<Extent>;

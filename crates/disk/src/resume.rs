@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::copy::{Copied, Part, each_part};
 use crate::error::Result;
+use crate::pieces::Crew;
 use crate::{Buffers, Disk};
 
 /// Bytes between two notes of how far it has come.
@@ -70,7 +71,8 @@ pub fn copy_on(
         let copied = each_part(
             from,
             at..end,
-            2,
+            to.unit(),
+            Crew::Two,
             &|done| progress(at + done),
             &|at, part| match part {
                 Part::Zeroes(length) => to.write_zeroes(at, length, true),

@@ -71,7 +71,7 @@ pub struct Network {
 /// The file system of a container image, and how commands run in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
-    /// Block devices of the layers, such as `vda`, the lowest first.
+    /// Block devices of the layers, such as `vda1`, the lowest first.
     pub layers: Vec<String>,
     /// The block device of an ext4 file system for what is written; memory if `None`.
     pub scratch: Option<String>,

@@ -39,8 +39,8 @@ pub mod virtio;
 pub use boot::load;
 pub use bus::{MmioDevice, PortDevice};
 pub use config::{
-    Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, MachineConfig, SerialConsole,
-    VsockConfig,
+    Accel, BootModule, ConsolePort, DiskConfig, DiskContent, DiskImage, InitrdPart, MachineConfig,
+    SerialConsole, VsockConfig,
 };
 pub use ending::Outcome;
 pub use error::{Error, KernelProblem};

@@ -7,6 +7,7 @@
 //! Both machines boot the same kernel and initramfs with the same memory and one CPU. Runs
 //! are interleaved, so that a busy host slows all sides alike; what counts is the ratios.
 
+mod disk;
 mod guests;
 mod net;
 mod parts;
@@ -69,6 +70,8 @@ enum Part {
     Sleep,
     /// The network, between guest and host; of Strata and TCG
     Net,
+    /// Converting disk images; of Strata and qemu-img
+    Disk,
 }
 
 /// Form of the report.
@@ -115,6 +118,31 @@ impl Times {
 
 /// Measures and prints.
 pub(crate) fn run(args: &Args) -> Result<(), Error> {
+    let measured = |part| args.only.is_empty() || args.only.contains(&part);
+    let mut report = Report::default();
+    if args.only.iter().any(|part| *part != Part::Disk) || args.only.is_empty() {
+        machines(args, measured, &mut report)?;
+    }
+    if measured(Part::Disk) {
+        let strata = match &args.strata {
+            Some(program) => Strata::at(program),
+            None => Strata::build()?,
+        };
+        report.disk = Some(disk::measure(strata.program(), args.runs)?);
+    }
+    match args.output {
+        Form::Text => print!("{report}"),
+        Form::Json => println!("{}", report.json()),
+    }
+    Ok(())
+}
+
+/// Measures what takes a machine.
+fn machines(
+    args: &Args,
+    measured: impl Fn(Part) -> bool,
+    report: &mut Report,
+) -> Result<(), Error> {
     let wanted = |side| !args.skip.contains(&side);
     let mut guests: Vec<Box<dyn Guest>> = Vec::new();
     if wanted(Side::Tcg) {
@@ -131,9 +159,6 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
     } else {
         None
     };
-    let measured = |part| args.only.is_empty() || args.only.contains(&part);
-
-    let mut report = Report::default();
     if measured(Part::Boot) {
         let (row, held) = boots(&guests, &parts, args.runs)?;
         (report.boot, report.held) = (Some(row), held);
@@ -159,10 +184,6 @@ pub(crate) fn run(args: &Args) -> Result<(), Error> {
             args.runs,
         )?;
         report.net = Some(net);
-    }
-    match args.output {
-        Form::Text => print!("{report}"),
-        Form::Json => println!("{}", report.json()),
     }
     Ok(())
 }

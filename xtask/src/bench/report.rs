@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::disk::Disk;
 use super::guests::Slept;
 use super::net::Net;
 use super::parts::SLEEP;
@@ -40,6 +41,7 @@ pub(crate) struct Report {
     pub(crate) parallel: Option<[Row; 2]>,
     pub(crate) slept: Option<Slept>,
     pub(crate) net: Option<Net>,
+    pub(crate) disk: Option<Disk>,
 }
 
 #[derive(Serialize)]
@@ -70,6 +72,7 @@ impl Report {
             "parallel": self.parallel,
             "sleep": self.slept,
             "network": self.net,
+            "disk": self.disk,
             "geometric_mean": {
                 "tcg_by_strata": self.mean(Row::tcg_by_strata),
                 "strata_by_native": self.mean(Row::strata_by_native),
@@ -154,6 +157,9 @@ impl fmt::Display for Report {
         }
         if let Some(net) = self.net {
             write!(f, "{net}")?;
+        }
+        if let Some(disk) = &self.disk {
+            write!(f, "{disk}")?;
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use super::refcounts::numbers;
 use super::{Qcow2, header::MAX_L1};
 use crate::copy::{Copied, Part, each_part};
 use crate::error::{Error, Result};
+use crate::pieces::Crew;
 use crate::{Buffers, Disk, ExtentKind};
 
 /// Bytes that are compared at once, at least.
@@ -24,7 +25,7 @@ impl Qcow2 {
         }
         // what is not of this image's own is left as it is
         let own = Own(self);
-        let copied = each_part(&own, 0..self.size, 1, progress, &|at, part| match part {
+        let put = |at, part: Part| match part {
             Part::Zeroes(length) => {
                 let mut done = 0;
                 while done < length {
@@ -37,7 +38,9 @@ impl Qcow2 {
                 Ok(())
             }
             Part::Data(bytes) => below.write(at, bytes.into()),
-        })?;
+        };
+        let (range, unit) = (0..self.size, below.unit());
+        let copied = each_part(&own, range, unit, Crew::One, progress, &put)?;
         below.flush()?;
         self.empty()?;
         Ok(copied)

@@ -1,5 +1,6 @@
 //! Compressed clusters: read a whole at a time, written one after the other.
 
+use std::borrow::Cow;
 use std::io::Read;
 use std::sync::{Arc, PoisonError};
 
@@ -8,8 +9,10 @@ use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use super::Qcow2;
 use super::header::Compression;
 use super::layout::{CompressedData, Entry};
+use crate::copy::{Copied, is_zero};
 use crate::error::{Error, Result, damaged};
-use crate::{Buffers, Disk};
+use crate::pieces::{Crew, Piece, each_piece};
+use crate::{Buffers, Disk, ExtentKind};
 
 /// A cluster that was decompressed last: its host offset and what is in it.
 pub(super) type Inflated = Option<(u64, Arc<[u8]>)>;
@@ -56,32 +59,43 @@ impl Qcow2 {
 
     /// Fills this image, which is blank, with what is on another disk, compressed. `progress` is told
     /// how many bytes are done.
-    pub fn copy_compressed(&self, from: &dyn Disk, progress: &dyn Fn(u64)) -> Result<()> {
+    pub fn copy_compressed(
+        &self,
+        from: &dyn Disk,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<Copied> {
         let size = self.layout.cluster_size();
-        let mut cluster = vec![0; size as usize];
-        let mut at = 0;
-        while at < from.size() {
-            let extent = from.extent(at, from.size() - at)?;
-            let skip = extent.length / size * size;
-            if extent.kind.is_zero() && skip > 0 {
-                at += skip;
-            } else {
-                let length = size.min(from.size() - at);
-                let data = &mut cluster[..length as usize];
-                from.read(at, Buffers::from(&mut *data))?;
-                if data.iter().any(|byte| *byte != 0) {
-                    self.write_compressed(at, data)?;
-                }
-                at += length;
+        let copy = |piece: &Piece, bytes: &mut [u8]| {
+            let length = piece.range.end - piece.range.start;
+            let mut copied = Copied::default();
+            if piece.kind.is_some_and(ExtentKind::is_zero) {
+                copied.zeroes = length;
+                return Ok(copied);
             }
-            progress(at);
-        }
-        Ok(())
+            let bytes = &mut bytes[..length as usize];
+            from.read(piece.range.start, Buffers::from(&mut *bytes))?;
+            let mut packer = Packer::new(self.compression)?;
+            let starts = (piece.range.start..).step_by(size as usize);
+            for (at, data) in starts.zip(bytes.chunks_mut(size as usize)) {
+                if is_zero(data) {
+                    copied.zeroes += data.len() as u64;
+                } else {
+                    copied.data += data.len() as u64;
+                    self.pack(at, data, &mut packer)?;
+                }
+            }
+            Ok(copied)
+        };
+        each_piece(from, 0..from.size(), size, Crew::All, progress, &copy)
     }
 
     /// Writes a whole cluster compressed, if that saves room. It must be one that was never written.
     /// The last of the disk may be shorter.
     pub fn write_compressed(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.pack(offset, data, &mut Packer::new(self.compression)?)
+    }
+
+    fn pack(&self, offset: u64, data: &mut [u8], packer: &mut Packer) -> Result<()> {
         let size = self.layout.cluster_size();
         self.check_change(offset, data.len() as u64)?;
         let ends = offset + data.len() as u64 == self.size;
@@ -93,32 +107,47 @@ impl Qcow2 {
                 "only whole clusters are compressed".to_owned(),
             ));
         }
-        let mut cluster = data.to_vec();
-        cluster.resize(size as usize, 0);
-        let packed = match self.compression {
-            Compression::Zlib => zip(&cluster),
-            Compression::Zstd => Some(zstd(&cluster)),
-        };
-        let packed = packed.filter(|packed| (packed.len() as u64) < size);
-        let Some(packed) = packed.filter(|_| !self.layout.external && !self.layout.extended) else {
+        {
+            let _request = self.requests.read().unwrap_or_else(PoisonError::into_inner);
+            self.pack_cluster(offset, data, packer)?;
+        }
+        self.commit_if_full()
+    }
+
+    fn pack_cluster(&self, offset: u64, data: &mut [u8], packer: &mut Packer) -> Result<()> {
+        let size = self.layout.cluster_size();
+        let possible = !self.layout.external && !self.layout.extended;
+        let whole = possible.then(|| {
+            let mut whole = Cow::from(&*data);
+            if (data.len() as u64) < size {
+                whole.to_mut().resize(size as usize, 0);
+            }
+            packer.pack(&whole)
+        });
+        let Some(packed) = whole.flatten() else {
             return self.write_all(offset, Buffers::from(data));
         };
         let mut tables = self.tables();
         let host = tables
             .refcounts
             .allocate_bytes(&self.file, packed.len() as u64)?;
-        let value = self.layout.compressed_entry(host, packed.len() as u64);
-        let Some(value) = value else {
+        drop(tables);
+        let new = self.layout.compressed_entry(host, packed.len() as u64);
+        let Some(value) = new else {
             let what = "the image is too large to be compressed".to_owned();
             return Err(Error::Invalid(what));
         };
-        self.file.write_bytes(host, &packed)?;
-        let old = tables.entry(&self.file, offset)?;
         let new = Entry { value, bitmap: 0 };
+        let written = self.file.write_bytes(host, packed);
+        let mut tables = self.tables();
+        if let Err(error) = written {
+            tables.leave(new);
+            return Err(error.into());
+        }
+        let old = tables.entry(&self.file, offset)?;
         tables.set_entry(&self.file, offset, new)?;
         tables.leave(old);
-        drop(tables);
-        self.commit_if_full()
+        Ok(())
     }
 }
 
@@ -135,22 +164,51 @@ fn unzstd(bytes: &[u8], cluster: &mut [u8]) -> bool {
     decoder.is_ok_and(|mut decoder| decoder.read_exact(cluster).is_ok())
 }
 
-fn zip(cluster: &[u8]) -> Option<Vec<u8>> {
-    // other readers have a window of 4 KiB
-    const WINDOW: u8 = 12;
-    let level = flate2::Compression::default();
-    let mut state = Compress::new_with_window_bits(level, false, WINDOW);
-    let mut packed = vec![0; cluster.len()];
-    match state.compress(cluster, &mut packed, FlushCompress::Finish) {
-        Ok(Status::StreamEnd) => {
-            packed.truncate(state.total_out() as usize);
-            Some(packed)
-        }
-        _ => None,
-    }
+/// What compresses clusters, one after the other.
+struct Packer {
+    kind: Packing,
+    packed: Vec<u8>,
 }
 
-fn zstd(cluster: &[u8]) -> Vec<u8> {
-    use ruzstd::encoding::{CompressionLevel, compress_to_vec};
-    compress_to_vec(cluster, CompressionLevel::Fastest)
+enum Packing {
+    Zlib(Box<Compress>),
+    Zstd(zstd::bulk::Compressor<'static>),
+}
+
+impl Packer {
+    fn new(compression: Compression) -> Result<Self> {
+        // other readers have a window of 4 KiB
+        const WINDOW: u8 = 12;
+        let kind = match compression {
+            Compression::Zlib => {
+                let level = flate2::Compression::default();
+                let state = Compress::new_with_window_bits(level, false, WINDOW);
+                Packing::Zlib(Box::new(state))
+            }
+            Compression::Zstd => {
+                let level = zstd::DEFAULT_COMPRESSION_LEVEL;
+                Packing::Zstd(zstd::bulk::Compressor::new(level)?)
+            }
+        };
+        Ok(Self {
+            kind,
+            packed: Vec::new(),
+        })
+    }
+
+    /// The cluster compressed, if that makes it smaller.
+    fn pack(&mut self, cluster: &[u8]) -> Option<&[u8]> {
+        // room for less than the cluster
+        self.packed.resize(cluster.len() - 1, 0);
+        let length = match &mut self.kind {
+            Packing::Zlib(state) => {
+                state.reset();
+                let done = state.compress(cluster, &mut self.packed, FlushCompress::Finish);
+                let ended = matches!(done, Ok(Status::StreamEnd));
+                ended.then(|| state.total_out() as usize)
+            }
+            Packing::Zstd(state) => state.compress_to_buffer(cluster, &mut self.packed[..]).ok(),
+        };
+        length.map(|length| &self.packed[..length])
+    }
 }

@@ -289,6 +289,10 @@ impl Disk for Qcow2 {
         if self.writable { self.commit() } else { Ok(()) }
     }
 
+    fn unit(&self) -> u64 {
+        self.layout.cluster_size()
+    }
+
     fn extent(&self, offset: u64, length: u64) -> Result<Extent> {
         self.check_range(offset, length)?;
         let found = self.tables().find(&self.file, offset, length)?;

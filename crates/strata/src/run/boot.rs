@@ -12,7 +12,7 @@ use strata_image::oci::{self, Image, Lease, Store};
 use strata_machines::Machine;
 use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
 use strata_protocol::{Container, GREETING, Network, Run, Session, Size};
-use strata_vmm::{DiskConfig, InitrdPart};
+use strata_vmm::{DiskConfig, DiskContent, DiskImage, InitrdPart};
 
 use super::Fault;
 use crate::appliance;
@@ -139,26 +139,35 @@ impl Wanted<'_> {
         disks: &mut Vec<DiskConfig>,
         unnamed: &mut Option<File>,
     ) -> Result<Container, Fault> {
-        let mut add = |path: PathBuf, read_only| {
-            disks.push(DiskConfig {
-                path,
-                format: Some(Format::Raw),
-                read_only,
-            });
+        let mut add = |disk| {
+            disks.push(disk);
             disk_name(disks.len() - 1)
         };
-        let layers = image.layers.iter();
-        let layers = layers.map(|layer| add(layer.path.clone(), true)).collect();
+        let raw = |path| DiskConfig::image(path, Some(Format::Raw), false);
+        // All layers are one disk, a partition each: disks are few, and images have up to 127.
+        let parts = image.layers.iter().enumerate().map(|(number, layer)| {
+            let image = DiskImage {
+                path: layer.path.clone(),
+                format: Some(Format::Raw),
+            };
+            (format!("layer-{number}"), image)
+        });
+        let disk = add(DiskConfig {
+            content: DiskContent::Partitions(parts.collect()),
+            read_only: true,
+        });
+        let layers = (1..=image.layers.len()).map(|number| format!("{disk}{number}"));
+        let layers = layers.collect();
         let scratch = match (self.lasting, self.args.scratch) {
             (Some(machine), size) => {
                 let path = machine.directory().join(SCRATCH);
                 oci::scratch_at(&path, size.unwrap_or(SCRATCH_SIZE))?;
-                Some(add(path, false))
+                Some(add(raw(path)))
             }
             (None, Some(size)) => {
                 let file = unnamed.insert(oci::scratch(store, size)?);
                 let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-                Some(add(path.into(), false))
+                Some(add(raw(path.into())))
             }
             (None, None) => None,
         };
@@ -239,11 +248,7 @@ fn disk_name(number: usize) -> String {
 fn disks(args: &RunArgs) -> Vec<DiskConfig> {
     args.disks
         .iter()
-        .map(|disk| DiskConfig {
-            path: disk.path.clone(),
-            format: disk.format,
-            read_only: disk.read_only,
-        })
+        .map(|disk| DiskConfig::image(&disk.path, disk.format, disk.read_only))
         .collect()
 }
 

@@ -3,7 +3,8 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{self, Command, Output, Stdio};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
@@ -101,9 +102,11 @@ pub(crate) fn feed(mut command: Command, input: &[u8]) -> Ended {
     output.into()
 }
 
-/// `strata run` with `options`.
+/// `strata run` with `options`, among machines of this test's own.
 pub(crate) fn run<S: AsRef<OsStr>>(options: &[S]) -> Command {
     let mut command = Command::new(STRATA);
+    let state = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("state-{}", process::id()));
+    command.env("XDG_STATE_HOME", state);
     command.args(["run", "--accel", "soft"]);
     if !options.iter().any(|o| o.as_ref() == "--timeout") {
         command.args(["--timeout", LIMIT]);

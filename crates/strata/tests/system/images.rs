@@ -9,7 +9,7 @@ use strata_image::oci::Digest;
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
-use crate::guest::{Ended, STRATA, feed, run};
+use crate::guest::{Ended, STRATA, Slot, feed, run};
 use crate::programs::compile;
 
 struct Layer(Builder<Vec<u8>>);
@@ -234,4 +234,79 @@ fn an_images_own_init_gets_the_machine() {
     let store = Store::new(&[base().bytes()], &json!({}));
     let ended = store.run_with(&["--init", "image"], &[], b"").expect(0);
     assert!(ended.text().contains("no /sbin/init"), "{}", ended.text());
+}
+
+#[test]
+fn an_image_may_have_127_layers() {
+    let mut layers = vec![base().bytes()];
+    for number in 1..127 {
+        let name = format!("layer {number}\n");
+        let layer = Layer::new().add("etc/hostname", 0o644, name.as_bytes());
+        layers.push(match number {
+            60 => layer.add("hidden/new", 0o640, b"").bytes(),
+            126 => layer.add(".wh.gone", 0o644, b"").bytes(),
+            _ => layer.bytes(),
+        });
+    }
+    let store = Store::new(&layers, &json!({}));
+
+    let ended = store.run(&["tell", "names"], b"").expect(0);
+
+    let text = ended.text();
+    assert!(text.contains("layer 126\n"), "{text}");
+    assert!(text.contains("/kept") && text.contains("/hidden/new"));
+    assert!(!text.contains("/gone"), "{text}");
+}
+
+#[test]
+fn a_machine_in_the_background_keeps_what_its_image_wrote() {
+    let config = json!({ "User": "me", "WorkingDir": "/home", "StopSignal": "SIGINT",
+        "Env": ["PATH=/bin", "SHELL=none"], "Volumes": { "/made/volume": {} } });
+    let store = Store::new(&[base().bytes(), upper().bytes()], &config);
+    let _slot = Slot::take();
+    let strata = |words: &[&str]| {
+        let mut command = Command::new(STRATA);
+        command.args(words).env("XDG_STATE_HOME", store.0.path());
+        Ended::from(store.home(command).output().unwrap())
+    };
+    let options = ["--accel", "soft", "--timeout", "300s", "--scratch", "1G"];
+    let start = [
+        &["run", "-d", "--name", "kept", "--image", "test"],
+        &options[..],
+    ]
+    .concat();
+    strata(&[&start[..], &["--", "tell", "wait"]].concat()).expect(0);
+
+    // as the image says, unless something else is asked for
+    let told = strata(&["exec", "kept", "tell"]).expect(0).text();
+    assert!(told.starts_with("1234:55 in /home\n[tell]\n"), "{told}");
+    let told = strata(&["exec", "-u", "root", "-w", "/", "kept", "tell", "make"])
+        .expect(0)
+        .text();
+    assert!(told.starts_with("0:0 in /\n[tell]\n[make]\n"), "{told}");
+    let nobody = strata(&["exec", "-u", "nobody-here", "kept", "tell"]).expect(127);
+    assert!(
+        nobody.stderr.contains("no user 'nobody-here'"),
+        "{}",
+        nobody.stderr
+    );
+
+    let target = store.0.path().join("made");
+    strata(&["cp", "kept:/made", target.to_str().unwrap()]).expect(0);
+    assert!(target.join("volume").is_dir());
+
+    // The image may be forgotten: the machine keeps to it.
+    strata(&["image", "rm", "test"]).expect(0);
+    strata(&["stop", "kept"]).expect(0);
+    strata(&["image", "gc"]).expect(0);
+    let ended = strata(&["ps", "-a"]).expect(0).text();
+    assert!(ended.contains("exited (130)"), "{ended}");
+
+    strata(&["start", "kept"]).expect(0);
+    let target = store.0.path().join("again");
+    strata(&["cp", "kept:/written", target.to_str().unwrap()]).expect(0);
+    assert_eq!(fs::read_to_string(target).unwrap(), "made\n");
+    strata(&["rm", "-f", "kept"]).expect(0);
+    let removed = strata(&["image", "gc"]).expect(0).text();
+    assert!(!removed.starts_with("0 files"), "{removed}");
 }
