@@ -119,6 +119,34 @@ impl Serve for Net {
     }
 }
 
+impl Serve for Fs {
+    fn serve(device: &mut VirtioPci<Self>, random: &mut Random) -> usize {
+        let mut served = 0;
+        let (fs, transport) = device.parts();
+        for queue in 0..3 {
+            let mut held = Vec::new();
+            while let Some(request) = fs.next_request(transport, queue) {
+                let length = request.length() as usize;
+                assert!((40..=MAX_FS_MESSAGE).contains(&length));
+                held.push(request);
+                served += 1;
+            }
+            for request in held {
+                let length = random.odd() as u32;
+                let mut header = [1; OUT_HEADER];
+                header[..4].copy_from_slice(&length.to_le_bytes());
+                if request.reply_data(length as usize).is_some() {
+                    fs.complete(transport, queue, request, &header);
+                } else {
+                    fs.fail(transport, queue, request, EIO);
+                }
+            }
+            transport.rearm(queue);
+        }
+        served
+    }
+}
+
 /// A chain that keeps the rules, mostly one that a device understands.
 fn proper_chain(driver: &mut Driver, queue: usize, random: &mut Random) {
     let message = plausible_message(driver, random);
@@ -267,6 +295,11 @@ fn a_random_driver_does_not_break_net() {
         |memory| VirtioPci::new(Net::new(config), memory),
         0x5eed_0005,
     );
+}
+
+#[test]
+fn a_random_driver_does_not_break_fs() {
+    torment(|memory| VirtioPci::new(Fs::new("t"), memory), 0x5eed_0006);
 }
 
 #[test]
