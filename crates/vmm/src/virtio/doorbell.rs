@@ -1,51 +1,46 @@
-//! How a vCPU, or another thread, wakes a device's worker: one flag and one thread.
+//! How a vCPU, or another thread, wakes a device's workers: one flag, and the threads that wait.
 //!
-//! Ringing is cheap (an atomic swap, and a futex wake only if the worker sleeps) and is
-//! never lost: a ring while the worker is busy makes its next wait return at once.
+//! Ringing is cheap (an atomic swap, and a futex wake only if a worker sleeps) and is
+//! never lost: a ring while all workers are busy makes the next wait return at once.
 
-use std::sync::OnceLock;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Thread};
 
-/// One worker's doorbell.
+use crate::sync::lock;
+
+/// The doorbell of one worker, or of several that do the same work.
 #[derive(Debug, Default)]
 pub(super) struct Doorbell {
     rung: AtomicBool,
     stopping: AtomicBool,
-    worker: OnceLock<Thread>,
+    waiting: Mutex<Vec<Thread>>,
 }
 
 impl Doorbell {
-    /// Names the thread that waits. What was rung before reaches it now.
-    pub(super) fn attach(&self, worker: Thread) {
-        worker.unpark();
-        let _ = self.worker.set(worker);
-    }
-
-    /// Wakes the worker.
+    /// Wakes one worker.
     pub(super) fn ring(&self) {
         if !self.rung.swap(true, Ordering::SeqCst)
-            && let Some(worker) = self.worker.get()
+            && let Some(worker) = lock(&self.waiting).pop()
         {
             worker.unpark();
         }
     }
 
-    /// Tells the worker to finish.
+    /// Tells the workers to finish.
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        if let Some(worker) = self.worker.get() {
-            worker.unpark();
-        }
+        lock(&self.waiting)
+            .drain(..)
+            .for_each(|worker| worker.unpark());
     }
 
-    /// Whether the worker is to finish.
+    /// Whether the workers are to finish.
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// Waits for a ring. Returns false when the worker is to finish. To be called by the
-    /// attached thread alone.
+    /// Waits for a ring, which one worker hears. Returns false when it is to finish.
     pub(super) fn wait(&self) -> bool {
         loop {
             if self.is_stopping() {
@@ -54,7 +49,16 @@ impl Doorbell {
             if self.rung.swap(false, Ordering::SeqCst) {
                 return true;
             }
-            thread::park();
+            let this = thread::current();
+            let mut waiting = lock(&self.waiting);
+            // Whoever sets a flag looks for waiting threads afterwards.
+            if !self.rung.load(Ordering::SeqCst) && !self.is_stopping() {
+                waiting.push(this.clone());
+                drop(waiting);
+                thread::park();
+                // It may have woken by itself.
+                lock(&self.waiting).retain(|worker| worker.id() != this.id());
+            }
         }
     }
 }
@@ -77,13 +81,45 @@ mod tests {
                 seen.send(()).unwrap();
             }
         });
-        bell.attach(thread.thread().clone());
-
         rings.recv().unwrap();
         bell.ring();
         rings.recv().unwrap();
 
         bell.stop();
         thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_ring_wakes_one_of_several_workers_and_a_busy_one_keeps_nobody_waiting() {
+        let bell = Arc::new(Doorbell::default());
+        let (seen, rings) = mpsc::channel();
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let (bell, seen) = (Arc::clone(&bell), seen.clone());
+                thread::spawn(move || {
+                    while bell.wait() {
+                        let (free, held) = mpsc::channel::<()>();
+                        seen.send(free).unwrap();
+                        // busy until the test lets go
+                        let _ = held.recv();
+                    }
+                })
+            })
+            .collect();
+
+        let busy: Vec<_> = (0..3)
+            .map(|_| {
+                bell.ring();
+                rings.recv().unwrap()
+            })
+            .collect();
+        bell.ring();
+        drop(busy);
+        drop(rings.recv().unwrap());
+
+        bell.stop();
+        for thread in threads {
+            thread.join().unwrap();
+        }
     }
 }

@@ -223,7 +223,6 @@ impl Devices {
             .name(name.into())
             .spawn(move || work(&own))
             .map_err(Error::Thread)?;
-        bell.attach(thread.thread().clone());
         self.workers.push(Worker {
             bell: Arc::clone(bell),
             thread,
