@@ -13,11 +13,12 @@ pub const GREETING: &str = "Strata guest: Linux ";
 /// Modules without which the appliance is of no use.
 pub(crate) const REQUIRED_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
 
-/// Modules loaded where the kernel has them: entropy, the network, word of a panic to the host, and the file
-/// systems of container images.
+/// Modules loaded where the kernel has them: entropy, the network, folders of the host, word of a
+/// panic to the host, and the file systems of container images.
 pub(crate) const OPTIONAL_MODULES: &[&str] = &[
     "virtio_rng",
     "virtio_net",
+    "virtiofs",
     "pvpanic_mmio",
     "pvpanic_pci",
     "erofs",
@@ -31,6 +32,7 @@ pub(crate) const LIKELY_MODULES: &[&str] = &[
     "virtio_ring",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
+    "fuse",
     "net_failover",
     "failover",
     "pvpanic",

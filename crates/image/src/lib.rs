@@ -37,4 +37,4 @@ pub use error::Error;
 pub use initramfs::GREETING;
 pub use manifest::{FileRecord, Manifest, SourceRecord};
 pub use progress::{Progress, Silent};
-pub use session::{Container, Network, Ports, Session, Start};
+pub use session::{Container, Mount, Network, Ports, Session, Start};

@@ -38,8 +38,21 @@ pub struct Session {
     pub name: Option<String>,
     /// How its first network card is to be set up; not at all where `None`.
     pub network: Option<Network>,
+    /// Folders of the host, in the order in which they are to be mounted.
+    pub mounts: Vec<Mount>,
     /// What the command runs in, if not in the appliance itself.
     pub container: Option<Container>,
+}
+
+/// A folder of the host's that the guest mounts before its command runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// The tag of its virtio-fs device.
+    pub tag: String,
+    /// Where, in the image if there is one: an absolute path. It is made if it is missing.
+    pub path: OsString,
+    /// Whether it is mounted to be read only.
+    pub read_only: bool,
 }
 
 /// What a guest is told of its network instead of having it ask.
@@ -126,6 +139,18 @@ impl Session {
             } = network;
             let line = format!("address={address}/{bits} gateway={gateway} domain={domain}\n");
             script.extend_from_slice(line.as_bytes());
+        }
+        if !self.mounts.is_empty() {
+            script.extend(b"shares() {\n");
+            for mount in &self.mounts {
+                let mode = if mount.read_only { "ro" } else { "rw" };
+                script.extend(b"share ");
+                script.extend(quoted(mount.tag.as_ref()));
+                script.push(b' ');
+                script.extend(quoted(&mount.path));
+                script.extend_from_slice(format!(" {mode}\n").as_bytes());
+            }
+            script.extend(b"}\n");
         }
         let mut words = self.command.clone();
         if let Some(container) = &self.container {
@@ -235,6 +260,25 @@ mod tests {
         };
         let text = String::from_utf8(session.script()).unwrap();
         assert_eq!(text, "export TERM='xterm'\nrows=50 columns=132\n");
+    }
+
+    #[test]
+    fn shares_are_told_with_tag_path_and_mode() {
+        let mount = |tag: &str, path: &str, read_only| Mount {
+            tag: tag.into(),
+            path: path.into(),
+            read_only,
+        };
+        let session = Session {
+            mounts: vec![
+                mount("share0", "/srv", true),
+                mount("share1", "/it's", false),
+            ],
+            ..Session::default()
+        };
+        let text = String::from_utf8(session.script()).unwrap();
+        let expected = "shares() {\nshare 'share0' '/srv' ro\nshare 'share1' '/it'\\''s' rw\n}\n";
+        assert_eq!(text, expected);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use strata_disk::Format;
 use strata_image::oci::{self, Lease, Store};
-use strata_image::{Container, GREETING, Network, Session, Start};
+use strata_image::{Container, GREETING, Mount, Network, Session, Start};
 use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
 use strata_sandbox::Role;
 use strata_vmm::{
@@ -25,15 +25,17 @@ use crate::guard::Guard;
 use crate::network;
 use crate::report::say;
 use crate::sandbox;
+use crate::share;
 use crate::stats::{Maps, Stats};
 use crate::supervisor::{Stop, Supervisor};
 use crate::terminal::{self, RawMode};
+use crate::units::Volume;
 
 /// Kernel command line of the default appliance. The console is the serial line; a panic
 /// resets at once, so that a run never hangs on one; boot messages stay out of the way.
 const APPLIANCE_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
-/// Added where boot messages are not asked for with `-v`.
+/// Added where boot messages are not asked for with `--verbose`.
 const QUIET: &str = "quiet";
 
 /// How much of a hidden console is shown when the guest dies, lines.
@@ -61,6 +63,10 @@ pub(crate) enum Fault {
     /// The machine has not the network that it is to have.
     #[error(transparent)]
     Network(#[from] network::Fault),
+
+    /// A folder cannot be shared.
+    #[error(transparent)]
+    Share(#[from] share::Fault),
 
     /// This process is not locked up as it has to be.
     #[error(transparent)]
@@ -97,6 +103,7 @@ impl Fault {
             ),
             Self::Image(error) => error.advice(),
             Self::NoCommand(_) => Some("give one after --, such as -- /bin/sh"),
+            Self::Share(fault) => fault.advice(),
             Self::Sandbox(sandbox::Fault::Incomplete(_)) => Some(
                 "use --sandbox auto to run with the layers that there are; 'strata doctor' lists \
                  them",
@@ -109,6 +116,7 @@ impl Fault {
 /// Runs a machine to its end.
 pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
     strata_vmm::give_back_large_blocks();
+    let shares = share::open(args)?;
     let joined = network::join(args)?;
     // An image has a command of its own, which talks to people on the console.
     let runs_image = args.image.is_some() && args.init == Init::Strata;
@@ -147,6 +155,7 @@ pub(crate) fn run(args: &RunArgs, verbose: bool) -> Result<End, Fault> {
         debug_exit: args.debug_exit,
         disks: boot.disks,
         networks: joined.into_iter().collect(),
+        shares,
         console: SerialConsole {
             output: Box::new(output),
             input: None,
@@ -235,6 +244,18 @@ fn disks(args: &RunArgs) -> Vec<DiskConfig> {
             read_only: disk.read_only,
         })
         .collect()
+}
+
+/// What the guest mounts: a folder within another after that one.
+fn mounts(args: &RunArgs) -> Vec<Mount> {
+    let mount = |(volume, number): (&Volume, usize)| Mount {
+        tag: share::tag(number),
+        path: volume.guest.clone().into(),
+        read_only: volume.read_only,
+    };
+    let mut mounts: Vec<_> = args.volumes.iter().zip(0..).map(mount).collect();
+    mounts.sort_by(|a, b| a.path.cmp(&b.path));
+    mounts
 }
 
 fn modules(args: &RunArgs) -> Vec<BootModule> {
@@ -327,6 +348,7 @@ impl Boot {
             term: std::env::var_os("TERM").filter(|_| io::stdout().is_terminal()),
             size: terminal::size(),
             name: args.name.clone(),
+            mounts: mounts(args),
             network: joined.map(|joined| Network {
                 address: joined.addresses.ipv4,
                 bits: SUBNET_BITS,

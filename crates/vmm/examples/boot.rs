@@ -45,6 +45,7 @@ fn main() -> ExitCode {
             input: Some(Box::new(io::stdin())),
         },
         networks: Vec::new(),
+        shares: Vec::new(),
         ports: Vec::new(),
     };
     let start = Instant::now();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use strata_disk::Format;
 use strata_net::Joined;
+use strata_share::Share;
 
 /// Everything a machine is built from.
 #[derive(Debug)]
@@ -34,6 +35,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Places on networks, each with a card: eth0, eth1, ...
     pub networks: Vec<Joined>,
+    /// Folders of the host that the guest may mount by their tags.
+    pub shares: Vec<Share>,
     /// The serial port, ttyS0.
     pub console: SerialConsole,
     /// Ports of a virtio console. Empty: there is no such device.

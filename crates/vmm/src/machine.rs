@@ -95,6 +95,7 @@ impl Machine {
             debug_exit,
             disks,
             networks,
+            shares,
             console,
             ports,
         } = config;
@@ -126,6 +127,7 @@ impl Machine {
             vcpus,
             disks,
             networks,
+            shares,
             console,
             ports,
             debug_exit,

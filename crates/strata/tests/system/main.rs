@@ -22,4 +22,5 @@ mod programs;
 mod pty;
 mod qcow2;
 mod sandbox;
+mod shares;
 mod terminal;

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use strata_memory::GuestMemory;
 use strata_net::Joined;
+use strata_share::Share;
 
 use super::Machine;
 use crate::chipset::{self, Parts};
@@ -31,6 +32,7 @@ pub struct Opened {
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) disks: Vec<Disk>,
     pub(super) networks: Vec<Joined>,
+    pub(super) shares: Vec<Share>,
     pub(super) console: SerialConsole,
     pub(super) ports: Vec<ConsolePort>,
     pub(super) debug_exit: Option<u16>,
@@ -55,6 +57,7 @@ impl Opened {
             vcpus,
             disks,
             networks,
+            shares,
             console,
             ports,
             debug_exit,
@@ -68,6 +71,9 @@ impl Opened {
         }
         for joined in networks {
             devices.add_net(joined)?;
+        }
+        for share in shares {
+            devices.add_share(share)?;
         }
         devices.add_entropy()?;
         if !ports.is_empty() {

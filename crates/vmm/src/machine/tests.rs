@@ -66,6 +66,7 @@ fn config(console: SerialConsole) -> (MachineConfig, NamedTempFile) {
         disks: Vec::new(),
         console,
         networks: Vec::new(),
+        shares: Vec::new(),
         ports: Vec::new(),
     };
     (config, kernel)
