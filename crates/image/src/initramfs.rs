@@ -10,12 +10,14 @@ use crate::modules::{self, Set};
 /// Modules without which the appliance is of no use.
 pub(crate) const REQUIRED_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console"];
 
-/// Modules loaded where the kernel has them: entropy, the network, sockets that lead to the host, word of a
+/// Modules loaded where the kernel has them: entropy, the network, sockets that lead to the host, folders of
+/// the host, word of a
 /// panic to the host, and the file systems of container images.
 pub(crate) const OPTIONAL_MODULES: &[&str] = &[
     "virtio_rng",
     "virtio_net",
     "vmw_vsock_virtio_transport",
+    "virtiofs",
     "pvpanic_mmio",
     "pvpanic_pci",
     "erofs",
@@ -29,6 +31,7 @@ pub(crate) const LIKELY_MODULES: &[&str] = &[
     "virtio_ring",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
+    "fuse",
     "net_failover",
     "failover",
     "vmw_vsock_virtio_transport_common",

@@ -22,30 +22,47 @@ mod violation;
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::fd::RawFd;
+use std::path::Path;
 
 /// What the process does, and so what it must keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub enum Role<'a> {
     /// It runs a machine: all is open, threads are to come.
     Machine,
     /// It runs a machine, and other programs may connect to sockets that it listens on already.
     ListeningMachine,
     /// It is the switch of a network: it makes sockets of the internet, and has one thread.
     Network,
+    /// It serves the files of one folder: it opens what is in there, and threads are to come.
+    Files(Folder<'a>),
+}
+
+/// The folder that a process serves. It has to be its working directory, and stays so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Folder<'a> {
+    /// Where it is, without symbolic links.
+    pub path: &'a Path,
+    /// Whether nothing in it is to be changed.
+    pub read_only: bool,
+    /// An open `/proc/self/fd`, which is to lead nowhere else in `/proc`.
+    pub descriptors: Option<RawFd>,
 }
 
 /// One layer of the sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
     /// User, mount, network, IPC, UTS and cgroup namespaces of its own, with an empty root
-    /// directory and no network device that is up. A network's switch keeps the host's network.
+    /// directory and no network device that is up. A network's switch keeps the host's network; to
+    /// a server of files the folder is the root directory, and root stays in the host's users.
     Namespaces,
     /// No capabilities and no way to gain any, no core dumps, no tracing by the same user; few
-    /// file descriptors for a machine.
+    /// file descriptors for a machine. A server of files that is root keeps root's rights to files.
     Privileges,
-    /// Landlock: no access to any file, no signals to other processes; no TCP port for a machine.
+    /// Landlock: no access to any file but those that are served, no signals to other processes;
+    /// TCP ports for a switch alone.
     Landlock,
-    /// Only the system calls of a running machine, or of a switch.
+    /// Only the system calls of a running machine, of a switch, or of a server of files.
     Seccomp,
 }
 
@@ -69,7 +86,7 @@ impl Layer {
     }
 
     /// Enters the layer. Returns what to say of it, or why the host does not give it.
-    fn enter(self, role: Role) -> Result<String, String> {
+    fn enter(self, role: Role<'_>) -> Result<String, String> {
         match self {
             Self::Namespaces => namespaces::enter(role),
             Self::Privileges => privileges::enter(role),
@@ -125,7 +142,7 @@ pub enum Error {
 ///
 /// Later, a system call that is forbidden ends the process with SIGSYS and a message on standard
 /// error; those that libraries try and can do without (opening files above all) fail with EACCES.
-pub fn enter(layers: &[Layer], role: Role) -> Result<Report, Error> {
+pub fn enter(layers: &[Layer], role: Role<'_>) -> Result<Report, Error> {
     match fs::read_dir("/proc/self/task")
         .map_err(Error::Proc)?
         .count()

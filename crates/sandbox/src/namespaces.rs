@@ -1,33 +1,38 @@
-//! Namespaces of the process's own: nothing to see of files, networks, IPC objects.
+//! Namespaces of the process's own: nothing to see of files, networks, IPC objects. To a process
+//! that serves a folder, that is the root directory.
 //!
 //! An ordinary user gets them through a user namespace, where the host allows that. There is no
 //! PID namespace: a process cannot move itself into one and then start threads.
 
-// unshare(2) has no safe form.
+// unshare(2), mount_setattr(2) and dup3(2) onto a number have no safe form.
 #![allow(unsafe_code)]
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
-use rustix::process::{chdir, pivot_root};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
+use rustix::process::{chdir, fchdir, pivot_root};
 use rustix::thread::UnshareFlags;
 
-use crate::Role;
+use crate::{Folder, Role};
 
 /// A directory that is there on every host; it becomes the root, with nothing in it.
 const ROOT: &str = "/proc";
 /// One inode, the root's, which nobody may search.
 const ROOT_OPTIONS: &std::ffi::CStr = c"mode=0,size=4k,nr_inodes=1";
 
-pub(crate) fn enter(role: Role) -> Result<String, String> {
+pub(crate) fn enter(role: Role<'_>) -> Result<String, String> {
     // Known after unshare only as "nobody".
     let (user, group) = (
         rustix::process::geteuid().as_raw(),
         rustix::process::getegid().as_raw(),
     );
     let (network, list) = match role {
-        Role::Machine | Role::ListeningMachine => {
+        Role::Machine | Role::ListeningMachine | Role::Files(_) => {
             (UnshareFlags::NEWNET, "mount, network, IPC, UTS, cgroup")
         }
         Role::Network => (UnshareFlags::empty(), "mount, IPC, UTS, cgroup"),
@@ -37,17 +42,29 @@ pub(crate) fn enter(role: Role) -> Result<String, String> {
         | UnshareFlags::NEWIPC
         | UnshareFlags::NEWUTS
         | UnshareFlags::NEWCGROUP;
-    let list = match unshare(UnshareFlags::NEWUSER | others) {
-        Ok(()) => {
-            map(user, group)?;
-            format!("user, {list}")
+    // In a user namespace with one user no other could own a file: root, who may do without, does.
+    let keeps_users = matches!(role, Role::Files(_)) && user == 0;
+    let list = if keeps_users {
+        unshare(others).map_err(|error| refusal(&error, setting))?;
+        list.to_owned()
+    } else {
+        match unshare(UnshareFlags::NEWUSER | others) {
+            Ok(()) => {
+                map(user, group)?;
+                format!("user, {list}")
+            }
+            // Root may do without, where user namespaces are turned off.
+            Err(error) => match unshare(others) {
+                Ok(()) => list.to_owned(),
+                Err(_) => return Err(refusal(&error, setting)),
+            },
         }
-        // Root may do without, where user namespaces are turned off.
-        Err(error) => match unshare(others) {
-            Ok(()) => list.to_owned(),
-            Err(_) => return Err(refusal(&error, setting)),
-        },
     };
+    if let Role::Files(folder) = role {
+        only_folder(folder)
+            .map_err(|error| format!("the folder cannot be made the root directory: {error}"))?;
+        return Ok(format!("{list}; the root directory is the folder"));
+    }
     empty_root().map_err(|error| format!("the root directory cannot be emptied: {error}"))?;
     Ok(format!("{list}; the root directory is empty"))
 }
@@ -105,10 +122,79 @@ fn empty_root() -> io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
     rustix::mount::mount("none", ROOT, "tmpfs", flags, ROOT_OPTIONS)?;
     chdir(ROOT)?;
+    enter_root()
+}
+
+/// Makes the working directory, where a file system is mounted, the root, and the only mount.
+fn enter_root() -> io::Result<()> {
     // The old root ends up on top of the new one (pivot_root(2), "pivot_root(".", ".")").
     pivot_root(".", ".")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
+    Ok(())
+}
+
+/// Makes a folder the root directory, with what is mounted in it.
+fn only_folder(folder: Folder<'_>) -> io::Result<()> {
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private)?;
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let whole = clone | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+    let tree = rustix::mount::open_tree(CWD, folder.path, whole)?;
+    // The path was looked up once before: it must not have become another folder since.
+    let here = rustix::fs::open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    if identity(&here)? != identity(&tree)? {
+        return Err(io::Error::other("it has been moved meanwhile"));
+    }
+    harden(&tree, folder.read_only)?;
+    if let Some(number) = folder.descriptors {
+        // A mount of its own, so that ".." leads nowhere from there.
+        let descriptors = rustix::mount::open_tree(CWD, "/proc/self/fd", clone)?;
+        // SAFETY: both are open; whoever owns the number owns the new description too.
+        if unsafe { libc::dup3(descriptors.as_raw_fd(), number, libc::O_CLOEXEC) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let from_there = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&tree, "", CWD, ROOT, from_there)?;
+    fchdir(&tree)?;
+    enter_root()
+}
+
+/// Which directory an open one is.
+fn identity(directory: impl AsFd) -> io::Result<(u64, u64)> {
+    let status = rustix::fs::fstat(directory)?;
+    Ok((status.st_dev, status.st_ino))
+}
+
+/// Takes from a tree of mounts what a server of files does not need.
+fn harden(tree: &OwnedFd, read_only: bool) -> io::Result<()> {
+    let read_only = if read_only {
+        libc::MOUNT_ATTR_RDONLY
+    } else {
+        0
+    };
+    let less = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    let attributes = libc::mount_attr {
+        attr_set: less | read_only,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: an open mount, an empty path with NUL, and a structure that is valid for its size.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
     Ok(())
 }
 

@@ -14,7 +14,15 @@ const LISTENER_DESCRIPTORS: u64 = 64 + 1024;
 /// Capabilities are numbered from 0 to at most this.
 const LAST_CAPABILITY: u32 = 63;
 
-pub(crate) fn enter(role: Role) -> Result<String, String> {
+/// What a root that serves files keeps: its rights to files, and to act as their owners.
+const OF_FILES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID);
+
+pub(crate) fn enter(role: Role<'_>) -> Result<String, String> {
     let failed = |what: &'static str| move |error| format!("cannot {what}: {error}");
     // A core dump or a debugger of the same user would see the guest's memory.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
@@ -24,16 +32,25 @@ pub(crate) fn enter(role: Role) -> Result<String, String> {
     match role {
         Role::Machine => limit(Resource::Nofile, DESCRIPTORS),
         Role::ListeningMachine => limit(Resource::Nofile, LISTENER_DESCRIPTORS),
-        Role::Network => raise(Resource::Nofile),
+        Role::Network | Role::Files(_) => raise(Resource::Nofile),
     }
     .map_err(failed("limit file descriptors"))?;
-    drop_capabilities()
+    let is_root = rustix::process::geteuid().is_root();
+    let kept = match role {
+        Role::Files(_) if is_root => OF_FILES,
+        _ => CapabilitySet::empty(),
+    };
+    drop_capabilities(kept)
         .map_err(io::Error::from)
         .map_err(failed("drop capabilities"))?;
     rustix::thread::set_no_new_privs(true)
         .map_err(io::Error::from)
         .map_err(failed("set no_new_privs"))?;
-    Ok("no capabilities, no_new_privs".into())
+    if kept.is_empty() {
+        Ok("no capabilities, no_new_privs".into())
+    } else {
+        Ok("no capabilities but those for files, no_new_privs".into())
+    }
 }
 
 /// Sets a limit for good, to `most` or the most that the user may have.
@@ -57,22 +74,26 @@ fn raise(resource: Resource) -> io::Result<()> {
     Ok(setrlimit(resource, raised)?)
 }
 
-fn drop_capabilities() -> rustix::io::Result<()> {
+/// Gives up all capabilities but those of `kept` that the process has.
+fn drop_capabilities(kept: CapabilitySet) -> rustix::io::Result<()> {
     rustix::thread::clear_ambient_capability_set()?;
     for number in 0..=LAST_CAPABILITY {
         let capability = CapabilitySet::from_bits_retain(1 << number);
+        if kept.contains(capability) {
+            continue;
+        }
         if rustix::thread::remove_capability_from_bounding_set(capability).is_err() {
             // The kernel has no more, or we have no right to it, and so nothing to lose.
             break;
         }
     }
-    let none = CapabilitySet::empty();
+    let left = kept & rustix::thread::capabilities(None)?.permitted;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets {
-            effective: none,
-            permitted: none,
-            inheritable: none,
+            effective: left,
+            permitted: left,
+            inheritable: CapabilitySet::empty(),
         },
     )
 }

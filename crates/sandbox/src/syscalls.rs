@@ -1,4 +1,5 @@
-//! seccomp: the system calls of a running machine, or of a network's switch, and no others.
+//! seccomp: the system calls of a running machine, of a network's switch, or of a server of files,
+//! and no others.
 //!
 //! Three filters, of which the strictest answer counts: what is not on the list ends the process
 //! (see `violation`), what libraries try and can do without fails with an error.
@@ -125,6 +126,29 @@ const NETWORK: &[i64] = &[
     libc::SYS_getrandom,
 ];
 
+/// Allowed to a server of files beside what a machine may; making files is below.
+const FILES: &[i64] = &[
+    // From an open directory, by a name in it.
+    libc::SYS_linkat,
+    libc::SYS_newfstatat,
+    libc::SYS_readlinkat,
+    libc::SYS_renameat2,
+    libc::SYS_statx,
+    libc::SYS_symlinkat,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+    libc::SYS_fchownat,
+    // What is open.
+    libc::SYS_dup,
+    libc::SYS_fstatfs,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_umask,
+    // In whose name files are made, where the server is root; of one thread.
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+];
+
 /// Fail with EACCES. The allocator looks for settings of the kernel, a panic for debug symbols,
 /// the standard library for the size of a file; each has an answer of its own where it finds none.
 const REFUSED: &[i64] = &[
@@ -147,7 +171,7 @@ const REFUSED: &[i64] = &[
 /// calls clone(2).
 const UNKNOWN: &[i64] = &[libc::SYS_clone3];
 
-pub(crate) fn enter(role: Role) -> Result<String, String> {
+pub(crate) fn enter(role: Role<'_>) -> Result<String, String> {
     let programs = programs(role).map_err(|error| error.to_string())?;
     violation::report_and_die().map_err(|error| format!("cannot handle SIGSYS: {error}"))?;
     for program in &programs {
@@ -161,7 +185,7 @@ pub(crate) fn enter(role: Role) -> Result<String, String> {
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// The filters. The last one to be applied is the one that forbids applying more.
-fn programs(role: Role) -> Result<[BpfProgram; 3], BackendError> {
+fn programs(role: Role<'_>) -> Result<[BpfProgram; 3], BackendError> {
     let compile = |rules, otherwise, action| {
         SeccompFilter::new(rules, otherwise, action, TargetArch::x86_64)?.try_into()
     };
@@ -170,10 +194,15 @@ fn programs(role: Role) -> Result<[BpfProgram; 3], BackendError> {
         compile(any(numbers), SeccompAction::Allow, action)
     };
     let mut rules = allowed(role)?;
-    rules.extend(any(REFUSED));
+    let refused: Vec<i64> = REFUSED
+        .iter()
+        .filter(|number| !rules.contains_key(number))
+        .copied()
+        .collect();
+    rules.extend(any(&refused));
     rules.extend(any(UNKNOWN));
     Ok([
-        fail(REFUSED, libc::EACCES)?,
+        fail(&refused, libc::EACCES)?,
         fail(UNKNOWN, libc::ENOSYS)?,
         compile(rules, SeccompAction::Trap, SeccompAction::Allow)?,
     ])
@@ -185,7 +214,7 @@ fn any(numbers: &[i64]) -> Rules {
 }
 
 /// What is allowed, and with which arguments.
-fn allowed(role: Role) -> Result<Rules, BackendError> {
+fn allowed(role: Role<'_>) -> Result<Rules, BackendError> {
     let mut rules = match role {
         Role::Machine => allowed_to_machine()?,
         Role::ListeningMachine => {
@@ -194,6 +223,7 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
             rules
         }
         Role::Network => allowed_to_network()?,
+        Role::Files(_) => allowed_to_server()?,
     };
     // Memory that can be executed was all mapped before, and none is ever added.
     let no_exec = vec![bits(2, libc::PROT_EXEC as u64, 0)?];
@@ -202,8 +232,12 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
     // A signal to ourselves: suspending with Ctrl-Z, aborting.
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, one_of(0, &[own])?);
-    let look = [libc::F_GETFD, libc::F_GETFL].map(|command| command as u64);
-    rules.insert(libc::SYS_fcntl, one_of(1, &look)?);
+    let mut flags = vec![libc::F_GETFD as u64, libc::F_GETFL as u64];
+    if matches!(role, Role::Files(_)) {
+        // A guest may make an open file one that appends.
+        flags.push(libc::F_SETFL as u64);
+    }
+    rules.insert(libc::SYS_fcntl, one_of(1, &flags)?);
     Ok(rules)
 }
 
@@ -212,6 +246,29 @@ fn allowed_to_network() -> Result<Rules, BackendError> {
     // The internet's, and no others: no Unix sockets, netlink, or raw packets.
     let families = [libc::AF_INET, libc::AF_INET6].map(|family| family as u64);
     rules.insert(libc::SYS_socket, one_of(0, &families)?);
+    Ok(rules)
+}
+
+fn allowed_to_server() -> Result<Rules, BackendError> {
+    let mut rules = allowed_to_machine()?;
+    rules.extend(any(FILES));
+    // It has no terminal, and no pipe for signals.
+    for number in [libc::SYS_ioctl, libc::SYS_sendto, libc::SYS_arch_prctl] {
+        rules.remove(&number);
+    }
+    // No file is made, or made to be, set-user-ID or set-group-ID, nor a device.
+    let set_ids = u64::from(libc::S_ISUID | libc::S_ISGID);
+    rules.insert(libc::SYS_fchmod, vec![bits(1, set_ids, 0)?]);
+    rules.insert(libc::SYS_fchmodat, vec![bits(2, set_ids, 0)?]);
+    rules.insert(libc::SYS_mkdirat, vec![bits(2, set_ids, 0)?]);
+    // What open(2) is told of a mode counts only where it makes a file.
+    let makes = (libc::O_CREAT | libc::O_TMPFILE & !libc::O_DIRECTORY) as u64;
+    let opens = vec![bits(2, makes, 0)?, bits(3, set_ids, 0)?];
+    rules.insert(libc::SYS_openat, opens);
+    let kinds = [0, libc::S_IFREG, libc::S_IFIFO, libc::S_IFSOCK].map(u64::from);
+    let mask = set_ids | u64::from(libc::S_IFMT);
+    let nodes = kinds.iter().map(|kind| bits(2, mask, *kind));
+    rules.insert(libc::SYS_mknodat, nodes.collect::<Result<_, _>>()?);
     Ok(rules)
 }
 

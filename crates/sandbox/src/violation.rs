@@ -96,7 +96,7 @@ fn report(number: i64) {
         message.add(name.as_bytes());
         message.add(b")");
     }
-    message.add(b"; the machine has ended\n");
+    message.add(b"; it has ended\n");
     // SAFETY: async-signal-safe; the buffer is valid for its length.
     unsafe { libc::write(2, message.bytes.as_ptr().cast(), message.length) };
 }

@@ -15,7 +15,7 @@ use crate::image::ImageArgs;
 use crate::machines::{
     CopyArgs, ExecArgs, KillArgs, LogsArgs, PsArgs, RemoveArgs, StatsArgs, StopArgs, WaitArgs,
 };
-use crate::units::{self, Disk, Module, Network};
+use crate::units::{self, Disk, Module, Network, Volume};
 
 const RUN_KEYS: &str = "\
 Keys on the console: Ctrl-A x quits, Ctrl-A h lists the keys, Ctrl-A Ctrl-A sends Ctrl-A.";
@@ -24,8 +24,8 @@ Keys on the console: Ctrl-A x quits, Ctrl-A h lists the keys, Ctrl-A Ctrl-A send
 #[derive(Debug, Parser)]
 #[command(name = "strata", version, max_term_width = 100)]
 pub(crate) struct Cli {
-    /// Tell more: -v what is done and the guest's boot messages, -vv and -vvv details
-    #[arg(short, long, global = true, action = ArgAction::Count, display_order = 100)]
+    /// Tell more: once what is done and the guest's boot messages, twice and thrice details
+    #[arg(long, global = true, action = ArgAction::Count, display_order = 100)]
     pub(crate) verbose: u8,
 
     #[command(subcommand)]
@@ -82,6 +82,9 @@ pub(crate) enum Command {
     /// Serve a network until its last machine has gone
     #[command(name = crate::network::SUBCOMMAND, hide = true)]
     NetworkSwitch(SwitchArgs),
+    /// Serve a folder to a machine until that has gone
+    #[command(name = crate::share::SUBCOMMAND, hide = true)]
+    ShareServer(ShareArgs),
     /// Enter the sandbox and say what became of each of its layers
     #[command(name = crate::sandbox::SUBCOMMAND, hide = true)]
     SandboxProbe,
@@ -125,6 +128,12 @@ pub(crate) struct RunArgs {
     #[arg(long = "disk", value_name = "PATH[,ro][,format=FORMAT]",
           value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
     pub(crate) disks: Vec<Disk>,
+
+    /// A folder of this host that the guest has at an absolute path of its own; with :ro it is not
+    /// changed. Repeat for more
+    #[arg(short = 'v', long = "volume", value_name = "HOST:GUEST[:ro]",
+          value_parser = OsStringValueParser::new().try_map(|text| units::volume(&text)))]
+    pub(crate) volumes: Vec<Volume>,
 
     /// The machine's network: one of its own (user), one shared under a NAME with other machines of
     /// this user, or none. With ,host it reaches this host's loopback as its gateway, with
@@ -231,6 +240,15 @@ impl RunArgs {
         if !self.forwards.is_empty() && self.network() == Network::NONE {
             return refuse("-p needs a network: leave out --network none.\n");
         }
+        for (index, volume) in self.volumes.iter().enumerate() {
+            let before = &self.volumes[..index];
+            if before.iter().any(|other| other.guest == volume.guest) {
+                return refuse(&format!(
+                    "two volumes are to be at '{}' in the guest.\nGive each a path of its own.\n",
+                    volume.guest.display()
+                ));
+            }
+        }
         if self.init == Init::Image && !self.command.is_empty() {
             return refuse(
                 "with --init image the image's own init decides what runs.\nLeave out the command \
@@ -270,6 +288,21 @@ pub(crate) struct SwitchArgs {
     /// Standard input is where machines come in, standard output the lock of those who do
     #[arg(long)]
     pub(crate) door: bool,
+
+    /// How this process locks itself up
+    #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
+    pub(crate) sandbox: Sandbox,
+}
+
+/// Arguments of the process that serves a folder.
+#[derive(Debug, Args)]
+pub(crate) struct ShareArgs {
+    /// The folder, without symbolic links
+    pub(crate) folder: PathBuf,
+
+    /// Change nothing in it
+    #[arg(long)]
+    pub(crate) read_only: bool,
 
     /// How this process locks itself up
     #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
@@ -379,6 +412,18 @@ mod tests {
     }
 
     #[test]
+    fn the_letter_v_is_for_volumes_and_words_are_for_telling_more() {
+        let run = run(&["-v", "a:/b", "--volume", "c:/d:ro"]).unwrap();
+        let paths: Vec<_> = run.volumes.iter().map(|v| v.guest.to_str()).collect();
+        assert_eq!(paths, [Some("/b"), Some("/d")]);
+        for args in [&["strata", "-v", "doctor"][..], &["strata", "doctor", "-v"]] {
+            assert!(Cli::try_parse_from(args).is_err(), "{args:?}");
+        }
+        let cli = Cli::try_parse_from(["strata", "run", "--verbose", "--verbose"]).unwrap();
+        assert_eq!(cli.verbose, 2);
+    }
+
+    #[test]
     fn modules_keep_their_order_and_arguments() {
         let run = run(&["--kernel", "k", "--module", "a x y", "--module", "b"]).unwrap();
         let modules: Vec<_> = run
@@ -391,7 +436,11 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_refused() {
-        let wrong: [&[&str]; 23] = [
+        let wrong: [&[&str]; 27] = [
+            &["-v", "site"],
+            &["-v", "site:srv"],
+            &["-v", "site:/srv:no"],
+            &["-v", "a:/srv", "-v", "b:/srv/"],
             &["--init", "image"],
             &["--image", "i", "--init", "image", "--", "ls"],
             &["--scratch", "1G"],

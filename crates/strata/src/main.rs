@@ -19,6 +19,7 @@ mod progress;
 mod report;
 mod run;
 mod sandbox;
+mod share;
 mod sockets;
 mod stats;
 mod streams;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
             Err(_) => End::NotStarted,
         },
         Command::NetworkSwitch(args) => network::switch(&args),
+        Command::ShareServer(args) => share::server(&args),
         Command::SandboxProbe => sandbox::answer_probe(),
         Command::Image(args) => image::image(&args),
         Command::Doctor(args) => doctor::doctor(args.output),

@@ -34,7 +34,7 @@ fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// Begins logging to standard error: warnings, or more with `-v`, or what `STRATA_LOG` says.
+/// Begins logging to standard error: warnings, or more with `--verbose`, or what `STRATA_LOG` says.
 pub(crate) fn start_log(verbosity: u8) {
     let level = match verbosity {
         0 => "warn",

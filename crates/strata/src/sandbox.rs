@@ -31,7 +31,7 @@ pub(crate) enum Fault {
 }
 
 /// Locks this process up as `wanted`, for good.
-pub(crate) fn lock_up(wanted: Sandbox, role: Role) -> Result<(), Fault> {
+pub(crate) fn lock_up(wanted: Sandbox, role: Role<'_>) -> Result<(), Fault> {
     if wanted == Sandbox::Off {
         tracing::info!("no sandbox");
         return Ok(());

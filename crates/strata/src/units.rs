@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use strata_disk::Format;
@@ -139,6 +139,65 @@ pub(crate) fn module(text: &OsStr) -> Result<Module, String> {
     Ok(Module {
         path: OsStr::from_bytes(path).into(),
         arguments: arguments.trim_start_matches(' ').to_owned(),
+    })
+}
+
+/// A shared folder as given with `--volume`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Volume {
+    /// Where it is on this host.
+    pub(crate) host: PathBuf,
+    /// Where the guest has it: an absolute path, not the root, without `..`.
+    pub(crate) guest: PathBuf,
+    pub(crate) read_only: bool,
+}
+
+/// Parses `HOST:GUEST`, or the same with `:ro` or `:rw` behind. The path in the guest has no colon.
+pub(crate) fn volume(text: &OsStr) -> Result<Volume, String> {
+    let form = || "a volume is HOST:GUEST or HOST:GUEST:ro, such as ./site:/srv:ro".to_owned();
+    let split = |bytes: &[u8]| {
+        let colon = bytes.iter().rposition(|byte| *byte == b':')?;
+        Some((bytes[..colon].to_vec(), bytes[colon + 1..].to_vec()))
+    };
+    let (before, last) = split(text.as_bytes()).ok_or_else(form)?;
+    let shown = String::from_utf8_lossy(&last).into_owned();
+    let (host, guest, read_only) = if last.starts_with(b"/") {
+        (before, last, false)
+    } else {
+        let read_only = match &*last {
+            b"ro" => Some(true),
+            b"rw" => Some(false),
+            _ => None,
+        };
+        match (split(&before), read_only) {
+            (Some((host, guest)), Some(read_only)) => (host, guest, read_only),
+            (Some((_, guest)), None) if guest.starts_with(b"/") => {
+                return Err(format!("'{shown}' is neither ro nor rw"));
+            }
+            (None, Some(_)) => return Err(form()),
+            (_, None) => return Err(format!("the path in the guest, '{shown}', is not absolute")),
+        }
+    };
+    let guest = PathBuf::from(OsStr::from_bytes(&guest));
+    if host.is_empty() {
+        return Err(form());
+    }
+    if !guest.is_absolute() {
+        let guest = guest.display();
+        return Err(format!("the path in the guest, '{guest}', is not absolute"));
+    }
+    if guest.components().any(|part| part == Component::ParentDir) {
+        return Err("the path in the guest goes back with '..'; give it without".to_owned());
+    }
+    // As it is, without "." and doubled or trailing slashes.
+    let guest: PathBuf = guest.components().collect();
+    if guest == Path::new("/") {
+        return Err("a volume cannot be the guest's root; give it a folder of its own".to_owned());
+    }
+    Ok(Volume {
+        host: OsStr::from_bytes(&host).into(),
+        guest,
+        read_only,
     })
 }
 
@@ -423,6 +482,42 @@ mod tests {
         );
         for wrong in ["80", "x:80", "1:2:3", "70000:1", "1:2/sctp", ":80"] {
             assert!(forward(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    fn shared(text: &str) -> Result<(String, String, bool), String> {
+        let volume = volume(OsStr::new(text))?;
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        Ok((text(&volume.host), text(&volume.guest), volume.read_only))
+    }
+
+    #[test]
+    fn a_volume_is_two_paths_and_perhaps_how_it_is_shared() {
+        let of = |host: &str, guest: &str, ro| Ok((host.to_owned(), guest.to_owned(), ro));
+        assert_eq!(shared("./site:/srv:ro"), of("./site", "/srv", true));
+        assert_eq!(shared("/a:/b"), of("/a", "/b", false));
+        assert_eq!(shared("/a:/b:rw"), of("/a", "/b", false));
+        assert_eq!(shared("a:b:/c//d/./"), of("a:b", "/c/d", false));
+        assert_eq!(shared("a:/ro"), of("a", "/ro", false));
+    }
+
+    #[test]
+    fn a_volume_that_is_none_says_what_is_wrong() {
+        for (text, word) in [
+            ("site", "HOST:GUEST"),
+            (":/srv", "HOST:GUEST"),
+            ("site:ro", "HOST:GUEST"),
+            ("site:srv", "not absolute"),
+            ("site:srv:ro", "not absolute"),
+            ("site:", "not absolute"),
+            ("site:/srv:rx", "neither ro nor rw"),
+            ("site:/srv:", "neither ro nor rw"),
+            ("site:/srv/../etc", ".."),
+            ("site:/", "root"),
+            ("site://./:ro", "root"),
+        ] {
+            let error = shared(text).unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
         }
     }
 }

@@ -71,6 +71,39 @@ fn a_missing_kernel_is_named_and_ends_with_125() {
 }
 
 #[test]
+fn a_folder_that_cannot_be_shared_is_explained() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("file");
+    File::create(&file).unwrap();
+    let share = |host: &Path| {
+        let output = strata(&["run", "-v", &format!("{}:/srv", host.display())]);
+        assert_eq!(output.status.code(), Some(125));
+        stderr(&output)
+    };
+    let message = share(&directory.path().join("missing"));
+    assert!(message.contains("missing'"), "{message}");
+    assert!(message.contains("make the folder first"), "{message}");
+    let message = share(&file);
+    assert!(message.contains("file': it is not a folder"), "{message}");
+    assert!(message.contains("share the folder"), "{message}");
+}
+
+#[test]
+fn a_volume_that_is_none_is_explained_as_wrong_usage() {
+    for (args, word) in [
+        (&["-v", "/tmp"][..], "HOST:GUEST"),
+        (&["-v", "/tmp:srv"], "not absolute"),
+        (&["-v", "/tmp:/srv:xx"], "neither ro nor rw"),
+        (&["-v", "/tmp:/"], "root"),
+        (&["-v", "/tmp:/srv", "-v", "/:/srv"], "a path of its own"),
+    ] {
+        let output = strata(&[&["run"], args].concat());
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(stderr(&output).contains(word), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn without_apt_the_message_says_which_files_to_pass() {
     let cache = tempfile::tempdir().unwrap();
     let output = command(&["run"])

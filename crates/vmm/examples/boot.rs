@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         },
         networks: Vec::new(),
         vsock: None,
+        shares: Vec::new(),
         ports: Vec::new(),
     };
     let start = Instant::now();

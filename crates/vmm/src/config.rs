@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use strata_disk::Format;
 use strata_net::Joined;
+use strata_share::Share;
 
 /// Everything a machine is built from.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub struct MachineConfig {
     /// A socket device, by which programs of the host reach ports of the guest. `None`: there is
     /// none.
     pub vsock: Option<VsockConfig>,
+    /// Folders of the host that the guest may mount by their tags.
+    pub shares: Vec<Share>,
     /// The serial port, ttyS0.
     pub console: SerialConsole,
     /// Ports of a virtio console. Empty: there is no such device.

@@ -96,6 +96,7 @@ impl Machine {
             disks,
             networks,
             vsock,
+            shares,
             console,
             ports,
         } = config;
@@ -128,6 +129,7 @@ impl Machine {
             disks,
             networks,
             vsock,
+            shares,
             console,
             ports,
             debug_exit,

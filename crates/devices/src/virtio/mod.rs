@@ -5,7 +5,7 @@
 //!                    │              ▲  pop: Chain     events: notified queues,
 //!                    ▼              │  push: Chain    interrupts to send
 //!                D: VirtioDevice ───┘                       │
-//!         (Block, Console, Entropy, Net, Vsock)             ▼
+//!         (Block, Console, Entropy, Fs, Net, Vsock)         ▼
 //!                    ▲ requests, bytes                 the owner's threads
 //!                    └──────────────────────────────────────┘
 //! ```
@@ -20,6 +20,7 @@
 mod block;
 mod console;
 mod entropy;
+mod fs;
 mod net;
 mod pci;
 mod queue;
@@ -31,6 +32,7 @@ mod vsock;
 pub use block::{Action, Block, BlockConfig, Request, SECTOR_SIZE, SectorRange, Status};
 pub use console::{Console, MAX_PORTS, PortConfig};
 pub use entropy::{Entropy, EntropyRequest};
+pub use fs::{EIO, Fs, FsRequest, MAX_FS_MESSAGE, OUT_HEADER, TAG_SIZE, fs_queue};
 pub use net::{Accepts, Buffers, MAX_MESSAGE, Net, NetConfig, OutgoingFrame, net_queue};
 pub use pci::{VirtioPci, bar};
 pub use queue::{Chain, QueueError, Segment};

@@ -78,10 +78,11 @@ fn clean_disks() {
     container::finish();
     for line in mounts.lines() {
         let mut words = line.split(' ');
-        let (Some(device), Some(path)) = (words.next(), words.next()) else {
+        let (Some(device), Some(path), Some(kind)) = (words.next(), words.next(), words.next())
+        else {
             continue;
         };
-        if device.starts_with("/dev/") {
+        if device.starts_with("/dev/") || kind == "virtiofs" {
             let path = unescape(path);
             let _ = mount_remount(path.as_str(), MountFlags::RDONLY, c"");
         }

@@ -13,7 +13,7 @@ use signal_hook::iterator::Signals;
 use strata_protocol::{GREETING, Run, Session, Size, Status};
 
 use super::ending::{self, Ending};
-use super::mounts::CONSOLE;
+use super::mounts::{self, CONSOLE};
 use super::streams::Ports;
 use super::{Fault, container, start_agent};
 use crate::command::{self, Unable};
@@ -66,6 +66,7 @@ fn enter(session: &Session) -> Result<Place, Fault> {
             .status();
         installed.map_err(Fault::of("install BusyBox"))?;
     }
+    mounts::folders(&session.mounts)?;
     Place::of(session).map_err(Fault)
 }
 
@@ -175,7 +176,7 @@ fn start_on_console(session: &Session, mut place: Place, words: &[Vec<u8>]) -> O
 /// Tells the agent which process is the main command.
 fn announce(main: u32) {
     let result = std::fs::create_dir_all("/run/strata")
-        .and_then(|()| super::mounts::put(PID_FILE, &main.to_string()));
+        .and_then(|()| mounts::put(PID_FILE, &main.to_string()));
     if let Err(error) = result {
         eprintln!("strata: {PID_FILE}: {error}");
     }

@@ -89,7 +89,7 @@ fn become_init(session: &Session) -> Fault {
     if fs::symlink_metadata(Path::new(container::ROOT).join("sbin/init")).is_err() {
         return Fault("the image has no /sbin/init".to_owned());
     }
-    if let Err(fault) = container::enter() {
+    if let Err(fault) = container::enter().and_then(|()| mounts::folders(&session.mounts)) {
         return fault;
     }
     start_agent(session);

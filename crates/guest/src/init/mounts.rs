@@ -9,6 +9,7 @@ use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+use strata_protocol::Mount;
 
 use super::Fault;
 
@@ -77,6 +78,33 @@ pub(super) fn open_console() -> io::Result<()> {
     dup2_stdin(&console)?;
     dup2_stdout(&console)?;
     dup2_stderr(&console)?;
+    Ok(())
+}
+
+/// Mounts the host's folders at their places, which are made; in the root that this process has.
+pub(super) fn folders(of: &[Mount]) -> Result<(), Fault> {
+    for Mount {
+        tag,
+        path,
+        read_only,
+    } in of
+    {
+        let path = Path::new(crate::place::word(path));
+        let flags = if *read_only {
+            MountFlags::RDONLY
+        } else {
+            MountFlags::empty()
+        };
+        fs::create_dir_all(path)
+            .and_then(|()| {
+                mount(tag.as_str(), path, "virtiofs", flags, None)?;
+                Ok(())
+            })
+            .map_err(Fault::of(format!(
+                "mount a folder of the host at {}",
+                path.display()
+            )))?;
+    }
     Ok(())
 }
 

@@ -11,14 +11,15 @@ use strata_disk::Format;
 use strata_image::oci::{self, Image, Lease, Store};
 use strata_machines::Machine;
 use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
-use strata_protocol::{Container, GREETING, Network, Run, Session, Size};
+use strata_protocol::{Container, GREETING, Mount, Network, Run, Session, Size};
 use strata_vmm::{DiskConfig, DiskContent, DiskImage, InitrdPart};
 
 use super::Fault;
 use crate::appliance;
 use crate::cli::{Init, RunArgs};
+use crate::share;
 use crate::terminal;
-use crate::units;
+use crate::units::{self, Volume};
 
 /// Kernel command line of the default appliance. The console is the serial line; a panic
 /// resets at once, so that a run never hangs on one; boot messages stay out of the way.
@@ -207,7 +208,7 @@ impl Wanted<'_> {
                 gateway: GATEWAY,
                 domain: DOMAIN.to_owned(),
             }),
-            mounts: Vec::new(),
+            mounts: mounts(self.args),
         }
     }
 }
@@ -250,6 +251,18 @@ fn disks(args: &RunArgs) -> Vec<DiskConfig> {
         .iter()
         .map(|disk| DiskConfig::image(&disk.path, disk.format, disk.read_only))
         .collect()
+}
+
+/// What the guest mounts: a folder within another after that one.
+fn mounts(args: &RunArgs) -> Vec<Mount> {
+    let mount = |(volume, number): (&Volume, usize)| Mount {
+        tag: share::tag(number),
+        path: volume.guest.clone().into_os_string().into_vec(),
+        read_only: volume.read_only,
+    };
+    let mut mounts: Vec<_> = args.volumes.iter().zip(0..).map(mount).collect();
+    mounts.sort_by(|a, b| a.path.cmp(&b.path));
+    mounts
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use crate::machines;
 use crate::network;
 use crate::report;
 use crate::sandbox;
+use crate::share;
 use crate::sockets;
 use crate::stats::{Maps, Stats};
 use crate::supervisor::Supervisor;
@@ -53,6 +54,10 @@ pub(crate) enum Fault {
     /// The machine cannot be made known, or its log kept.
     #[error(transparent)]
     Registry(#[from] Box<machines::Fault>),
+
+    /// A folder cannot be shared.
+    #[error(transparent)]
+    Share(#[from] share::Fault),
 
     /// This process is not locked up as it has to be.
     #[error(transparent)]
@@ -89,6 +94,7 @@ impl Fault {
             ),
             Self::Image(error) => error.advice(),
             Self::NoCommand(_) => Some("give one after --, such as -- /bin/sh"),
+            Self::Share(fault) => fault.advice(),
             Self::Registry(fault) => match fault.as_ref() {
                 machines::Fault::Registry(strata_machines::Error::NoStateDirectory) => {
                     Some("set XDG_STATE_HOME to a directory that can be written to")
@@ -175,6 +181,7 @@ fn go(
     // One without a name of its own is not looked for by it.
     let name = args.name.clone();
     let name = name.or_else(|| Some(lasting?.name().to_owned()));
+    let shares = share::open(args)?;
     let joined = network::join(args, name.clone())?;
     let ring = lasting
         .map(|machine| LogWriter::open(&machine.directory().join(machines::LOG)))
@@ -213,6 +220,7 @@ fn go(
         debug_exit: args.debug_exit,
         disks: boot.disks,
         networks: joined.into_iter().collect(),
+        shares,
         vsock,
         console: streams.console,
         ports: streams.ports,

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -57,12 +57,8 @@ fn an_ordinary_user_runs_guests_from_an_appliance_that_is_there() {
     // whoever runs the tests has it after this
     guest(&["true"]).expect(0);
     let home = Home::new();
-    let cache = env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .filter(|path| path.is_absolute())
-        .unwrap_or_else(|| PathBuf::from(env::var_os("HOME").unwrap()).join(".cache"));
     copy(
-        &cache.join("strata"),
+        &user_cache().join("strata"),
         &home.directory.path().join("cache/strata"),
     );
 
@@ -70,6 +66,62 @@ fn an_ordinary_user_runs_guests_from_an_appliance_that_is_there() {
     command.args(["--", "sh", "-c", "id -u; exit 5"]);
     // root in the guest, whoever runs it
     assert_eq!(feed(command, b"").expect(5).text(), "0\n");
+}
+
+#[test]
+fn files_that_a_guest_makes_in_a_folder_of_an_ordinary_user_are_that_users() {
+    guest(&["true"]).expect(0);
+    let home = Home::new();
+    copy(
+        &user_cache().join("strata"),
+        &home.directory.path().join("cache/strata"),
+    );
+    let shared = home.directory.path().join("cache/shared");
+    fs::create_dir(&shared).unwrap();
+    let id = if is_root() {
+        NOBODY
+    } else {
+        rustix::process::geteuid().as_raw()
+    };
+    if is_root() {
+        chown(&shared, Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+
+    let mut command = home.run();
+    command.args(["-v", &format!("{}:/srv", shared.display()), "--"]);
+    command.args(["sh", "-c"]);
+    command.arg(
+        "cd /srv; echo x >made; mkdir -m 700 dir; chown 0:0 made; chown 7 made 2>/dev/null || echo no
+         stat -c '%u:%g' made dir .",
+    );
+    // The user is the guest's root.
+    assert_eq!(feed(command, b"").expect(0).text(), "no\n0:0\n0:0\n0:0\n");
+
+    for name in ["made", "dir"] {
+        let made = fs::metadata(shared.join(name)).unwrap();
+        assert_eq!(made.uid(), id, "{name}");
+    }
+}
+
+#[test]
+fn a_root_that_shares_passes_owners_through() {
+    if !is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let shared = tempfile::tempdir().unwrap();
+    fs::write(shared.path().join("given"), "x").unwrap();
+    chown(shared.path().join("given"), Some(1234), Some(77)).unwrap();
+    let volume = format!("{}:/srv", shared.path().display());
+    let line = "cd /srv; stat -c '%u:%g' given; echo x >made; chown 5:6 made; stat -c '%u:%g' made
+        chmod 777 .; adduser -D -H -u 4321 me 2>/dev/null || echo me:x:4321:4321::/:/bin/sh >>/etc/passwd
+        start-stop-daemon -S -c 4321:4321 -x /bin/touch -- /srv/own; stat -c '%u:%g' own";
+    let mut command = run(&["-v", &volume]);
+    command.args(["--", "sh", "-c", line]);
+    let text = feed(command, b"").expect(0).text();
+    assert_eq!(text, "1234:77\n5:6\n4321:4321\n");
+    let made = fs::metadata(shared.path().join("made")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (5, 6));
 }
 
 #[test]
@@ -90,6 +142,14 @@ fn the_first_run_of_an_ordinary_user_builds_the_appliance() {
         })
         .count();
     assert_eq!(manifests, 1);
+}
+
+/// The cache of whoever runs the tests.
+fn user_cache() -> PathBuf {
+    env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .unwrap_or_else(|| PathBuf::from(env::var_os("HOME").unwrap()).join(".cache"))
 }
 
 /// A home of its own for a user without rights: `nobody` where the tests run as root, else

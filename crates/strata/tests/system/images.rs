@@ -310,3 +310,35 @@ fn a_machine_in_the_background_keeps_what_its_image_wrote() {
     let removed = strata(&["image", "gc"]).expect(0).text();
     assert!(!removed.starts_with("0 files"), "{removed}");
 }
+
+#[test]
+fn a_shared_folder_is_in_the_image_before_its_command_or_init_starts() {
+    let directory = tempfile::tempdir().unwrap();
+    compile("tell", &[], &directory.path().join("tell"));
+    compile("init", &[], &directory.path().join("init"));
+    let mut layer = base();
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::Symlink);
+    header.set_size(0);
+    let link = |layer: &mut Layer, header: &mut Header, from: &str, to: &str| {
+        layer.0.append_link(header, from, to).unwrap();
+    };
+    link(&mut layer, &mut header, "sbin/init", "/own/init");
+    // A link that leads elsewhere from outside of the image.
+    link(&mut layer, &mut header, "var", "/real/var");
+    let store = Store::new(
+        &[layer.add("real/var/", 0o755, b"").bytes()],
+        &json!({ "User": "me", "Cmd": ["/var/in/it/tell"] }),
+    );
+    let volume = |at: &str| format!("{}:{at}:ro", directory.path().display());
+
+    let ended = store.run_with(&["-v", &volume("/var/in/it")], &[], b"x\n");
+    let text = ended.expect(0).text();
+    assert!(text.starts_with("1234:55 in /\n"), "{text}");
+    assert!(text.ends_with("x\n"), "{text}");
+
+    let options = ["--init", "image", "-v", &volume("/own")];
+    let ended = store.run_with(&options, &[], b"").expect(0);
+    let expected = "process 1, file there, appliance gone";
+    assert!(ended.text().contains(expected), "{}", ended.text());
+}

@@ -1,7 +1,8 @@
 //! Machines in the background: started, looked into, stopped, found again after a kill.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use strata_protocol::{AGENT_PORT, Greeting, Reply, Request};
 use tempfile::TempDir;
 
 use crate::guest::{Ended, STRATA, Slot};
@@ -465,4 +467,83 @@ fn input_is_typed_at_no_machine_in_the_background() {
     feed_to(&user, &words, b"not for the guest").expect(0);
     user.strata(&["wait", "deaf"]).expect(0);
     assert_eq!(user.strata(&["logs", "deaf"]).expect(0).text().trim(), "0");
+}
+
+/// Asks the agent of the guest behind the socket at `path`, as any program of the host can.
+fn ask(path: &str, request: &Request) -> Reply {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream
+        .write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())
+        .unwrap();
+    let mut answer = String::new();
+    while !answer.ends_with('\n') {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        answer.push(char::from(byte[0]));
+    }
+    assert!(answer.starts_with("OK "), "{answer}");
+    Greeting::OURS.send(&mut stream).unwrap();
+    Greeting::receive(&mut stream).unwrap();
+    strata_protocol::write(&mut stream, request).unwrap();
+    strata_protocol::read(&mut stream).unwrap().unwrap()
+}
+
+#[test]
+fn the_agent_sets_the_clock_and_takes_random_numbers() {
+    let user = User::new();
+    let path = user.home.path().join("agent");
+    let path = path.to_str().unwrap();
+    let name = user.start(&["--vsock", path], "sleep 1000");
+    user.exec(&name, "true").expect(0);
+
+    let Reply::Information(guest) = ask(path, &Request::Inform) else {
+        panic!("no information");
+    };
+    assert!(guest.kernel.ends_with("-cloud-amd64"), "{guest:?}");
+    assert_eq!(guest.version, env!("CARGO_PKG_VERSION"));
+
+    let now = Duration::from_secs(2_000_000_000);
+    assert_eq!(ask(path, &Request::SetClock { now }), Reply::Done);
+    let there: u64 = user.exec(&name, "date +%s").text().trim().parse().unwrap();
+    assert!((2_000_000_000..2_000_000_600).contains(&there), "{there}");
+
+    let seed = vec![7; 1000];
+    assert_eq!(ask(path, &Request::Reseed { seed }), Reply::Done);
+    // What cannot be done is an answer, too, and the next is asked as ever.
+    let refused = ask(path, &Request::Signal(200));
+    assert!(matches!(refused, Reply::Failed(_)), "{refused:?}");
+    user.exec(&name, "true").expect(0);
+}
+
+#[test]
+fn nonsense_on_the_agents_port_ends_that_conversation_alone() {
+    let user = User::new();
+    let path = user.home.path().join("agent");
+    let path = path.to_str().unwrap();
+    let name = user.start(&["--vsock", path], "sleep 1000");
+    user.exec(&name, "true").expect(0);
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    for round in 0..60 {
+        let mut stream = UnixStream::connect(path).unwrap();
+        stream
+            .write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())
+            .unwrap();
+        let mut bytes = Vec::new();
+        if round % 3 > 0 {
+            Greeting::OURS.send(&mut bytes).unwrap();
+        }
+        if round % 3 > 1 {
+            bytes.extend((round * 7_u32).to_le_bytes());
+        }
+        for _ in 0..200 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.push(state as u8);
+        }
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    user.exec(&name, "true").expect(0);
 }

@@ -23,5 +23,6 @@ mod programs;
 mod pty;
 mod qcow2;
 mod sandbox;
+mod shares;
 mod terminal;
 mod vsock;

@@ -18,7 +18,7 @@ fn shell() -> Session {
 
 /// A guest that has begun to boot, and says so.
 fn booting() -> Session {
-    let mut session = Session::start(run(&["-v"]));
+    let mut session = Session::start(run(&["--verbose"]));
     session.wait_for("Linux version");
     session
 }
@@ -135,7 +135,7 @@ fn the_terminal_is_restored_when_the_kernel_panics() {
 
 #[test]
 fn a_command_leaves_the_terminal_as_it_is() {
-    let mut command = run(&["-v"]);
+    let mut command = run(&["--verbose"]);
     command.args(["--", "sh", "-c", "read line; echo \"<$line>\""]);
     let mut session = Session::start(command);
     session.wait_for("Linux version");

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use strata_memory::GuestMemory;
 use strata_net::Joined;
+use strata_share::Share;
 
 use super::Machine;
 use crate::chipset::{self, Parts};
@@ -34,6 +35,7 @@ pub struct Opened {
     pub(super) networks: Vec<Joined>,
     /// The guest's context ID, and where its visitors come in.
     pub(super) vsock: Option<(u32, Door)>,
+    pub(super) shares: Vec<Share>,
     pub(super) console: SerialConsole,
     pub(super) ports: Vec<ConsolePort>,
     pub(super) debug_exit: Option<u16>,
@@ -59,6 +61,7 @@ impl Opened {
             disks,
             networks,
             vsock,
+            shares,
             console,
             ports,
             debug_exit,
@@ -75,6 +78,9 @@ impl Opened {
         }
         if let Some((cid, door)) = vsock {
             devices.add_vsock(cid, door)?;
+        }
+        for share in shares {
+            devices.add_share(share)?;
         }
         devices.add_entropy()?;
         if !ports.is_empty() {

@@ -67,6 +67,7 @@ fn config(console: SerialConsole) -> (MachineConfig, NamedTempFile) {
         console,
         networks: Vec::new(),
         vsock: None,
+        shares: Vec::new(),
         ports: Vec::new(),
     };
     (config, kernel)

@@ -1,70 +1,59 @@
-//! How a vCPU, or another thread, wakes a device's worker: one flag and one thread, or one event
-//! of a worker that sleeps on file descriptors.
+//! How a vCPU, or another thread, wakes a device's workers: one flag, and the threads that wait, or
+//! the event of a worker that sleeps on file descriptors.
 //!
-//! Ringing is cheap (an atomic swap, and a system call only if the worker has seen the ring
-//! before) and is never lost: a ring while the worker is busy makes its next wait return at once.
+//! Ringing is cheap (an atomic swap, and a system call only if a worker sleeps) and is never lost: a
+//! ring while all workers are busy makes the next wait return at once.
 
 use std::os::fd::OwnedFd;
-use std::sync::OnceLock;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Thread};
 
-/// How a worker is woken.
-#[derive(Debug)]
-enum Sleeper {
-    Thread(Thread),
-    /// An eventfd that the worker watches for each write to it.
-    Event(OwnedFd),
-}
+use crate::sync::lock;
 
-impl Sleeper {
-    fn wake(&self) {
-        match self {
-            Self::Thread(thread) => thread.unpark(),
-            // It fails when 2^64 writes have come before.
-            Self::Event(event) => _ = rustix::io::write(event, &1_u64.to_ne_bytes()),
-        }
-    }
-}
-
-/// One worker's doorbell.
+/// The doorbell of one worker, or of several that do the same work.
 #[derive(Debug, Default)]
 pub(super) struct Doorbell {
     rung: AtomicBool,
     stopping: AtomicBool,
-    worker: OnceLock<Sleeper>,
+    waiting: Mutex<Vec<Thread>>,
+    /// An eventfd that the only worker watches for each write to it.
+    event: Option<OwnedFd>,
 }
 
 impl Doorbell {
     /// The doorbell of a worker that sleeps on file descriptors, `event`, an eventfd, among them.
     pub(super) fn of_event(event: OwnedFd) -> Self {
         Self {
-            worker: Sleeper::Event(event).into(),
+            event: Some(event),
             ..Self::default()
         }
     }
 
-    /// Names the thread that waits, if it does not wait for an event. What was rung before reaches
-    /// it now.
-    pub(super) fn attach(&self, worker: Thread) {
-        self.worker.get_or_init(|| Sleeper::Thread(worker)).wake();
-    }
-
-    /// Wakes the worker.
-    pub(super) fn ring(&self) {
-        if !self.rung.swap(true, Ordering::SeqCst)
-            && let Some(worker) = self.worker.get()
-        {
-            worker.wake();
+    /// Writes to the event, if there is one; else wakes some of the threads that wait.
+    fn wake(&self, some: impl FnOnce(&mut Vec<Thread>)) {
+        match &self.event {
+            // It fails when 2^64 writes have come before.
+            Some(event) => _ = rustix::io::write(event, &1_u64.to_ne_bytes()),
+            None => some(&mut lock(&self.waiting)),
         }
     }
 
-    /// Tells the worker to finish.
+    /// Wakes one worker.
+    pub(super) fn ring(&self) {
+        if !self.rung.swap(true, Ordering::SeqCst) {
+            self.wake(|waiting| {
+                if let Some(worker) = waiting.pop() {
+                    worker.unpark();
+                }
+            });
+        }
+    }
+
+    /// Tells the workers to finish.
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        if let Some(worker) = self.worker.get() {
-            worker.wake();
-        }
+        self.wake(|waiting| waiting.drain(..).for_each(|worker| worker.unpark()));
     }
 
     /// Forgets rings so far: to be called by a worker that sleeps on file descriptors, before it
@@ -73,13 +62,12 @@ impl Doorbell {
         self.rung.store(false, Ordering::SeqCst);
     }
 
-    /// Whether the worker is to finish.
+    /// Whether the workers are to finish.
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    /// Waits for a ring. Returns false when the worker is to finish. To be called by the
-    /// attached thread alone.
+    /// Waits for a ring, which one worker hears. Returns false when it is to finish.
     pub(super) fn wait(&self) -> bool {
         loop {
             if self.is_stopping() {
@@ -88,7 +76,16 @@ impl Doorbell {
             if self.rung.swap(false, Ordering::SeqCst) {
                 return true;
             }
-            thread::park();
+            let this = thread::current();
+            let mut waiting = lock(&self.waiting);
+            // Whoever sets a flag looks for waiting threads afterwards.
+            if !self.rung.load(Ordering::SeqCst) && !self.is_stopping() {
+                waiting.push(this.clone());
+                drop(waiting);
+                thread::park();
+                // It may have woken by itself.
+                lock(&self.waiting).retain(|worker| worker.id() != this.id());
+            }
         }
     }
 }
@@ -111,8 +108,6 @@ mod tests {
                 seen.send(()).unwrap();
             }
         });
-        bell.attach(thread.thread().clone());
-
         rings.recv().unwrap();
         bell.ring();
         rings.recv().unwrap();
@@ -141,5 +136,39 @@ mod tests {
         bell.stop();
         assert_eq!(events(), Ok(1));
         assert!(bell.is_stopping());
+    }
+
+    #[test]
+    fn a_ring_wakes_one_of_several_workers_and_a_busy_one_keeps_nobody_waiting() {
+        let bell = Arc::new(Doorbell::default());
+        let (seen, rings) = mpsc::channel();
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let (bell, seen) = (Arc::clone(&bell), seen.clone());
+                thread::spawn(move || {
+                    while bell.wait() {
+                        let (free, held) = mpsc::channel::<()>();
+                        seen.send(free).unwrap();
+                        // busy until the test lets go
+                        let _ = held.recv();
+                    }
+                })
+            })
+            .collect();
+
+        let busy: Vec<_> = (0..3)
+            .map(|_| {
+                bell.ring();
+                rings.recv().unwrap()
+            })
+            .collect();
+        bell.ring();
+        drop(busy);
+        drop(rings.recv().unwrap());
+
+        bell.stop();
+        for thread in threads {
+            thread.join().unwrap();
+        }
     }
 }

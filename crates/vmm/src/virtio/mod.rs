@@ -19,6 +19,7 @@ mod entropy;
 mod net;
 mod pipe;
 mod root;
+mod share;
 mod sys;
 mod vsock;
 
@@ -28,7 +29,8 @@ use std::thread::{self, JoinHandle};
 
 use strata_devices::pci::{BusFull, PciLayout};
 use strata_devices::virtio::{
-    Block, BlockConfig, Console, Entropy, MAX_PORTS, Net, NetConfig, PortConfig, Vsock,
+    Block, BlockConfig, Console, Entropy, Fs, MAX_PORTS, Net, NetConfig, PortConfig, TAG_SIZE,
+    Vsock, fs_queue,
 };
 use strata_memory::GuestMemory;
 
@@ -40,7 +42,10 @@ pub use root::PciRoot;
 use root::{Endpoint, Shared};
 pub use strata_disk::OpenError;
 use strata_net::Joined;
+use strata_share::Share;
 pub use vsock::Door;
+
+use share::Line;
 
 pub use crate::config::ConsolePort as Port;
 
@@ -66,6 +71,9 @@ pub enum Error {
     /// There are more console ports than the device can have.
     #[error("a machine can have at most {MAX_PORTS} console ports, not {0}")]
     Ports(usize),
+    /// A shared folder cannot be the guest's by this name.
+    #[error("the tag of a share is of 1 to {TAG_SIZE} bytes and has sockets, which '{0}' is not")]
+    Share(String),
     /// A worker thread could not be started.
     #[error("cannot start a thread for a device")]
     Thread(#[source] io::Error),
@@ -91,6 +99,7 @@ pub struct Devices {
     workers: Vec<Worker>,
     writers: Vec<Writer>,
     cables: Vec<Arc<Cable>>,
+    lines: Vec<Arc<Line>>,
 }
 
 impl Devices {
@@ -109,6 +118,7 @@ impl Devices {
             workers: Vec::new(),
             writers: Vec::new(),
             cables: Vec::new(),
+            lines: Vec::new(),
         })
     }
 
@@ -190,6 +200,30 @@ impl Devices {
         self.plug(shared)
     }
 
+    /// Adds a folder that the server at the other ends of `share`'s sockets serves.
+    pub fn add_share(&mut self, share: Share) -> Result<(), Error> {
+        let Share { tag, sockets } = share;
+        if !(1..=TAG_SIZE).contains(&tag.len()) || sockets.len() < 2 {
+            return Err(Error::Share(tag));
+        }
+        let bells = [(); 2].map(|()| Arc::<Doorbell>::default());
+        let shared = Shared::new(Fs::new(&tag), &self.connect, |queue| {
+            Arc::clone(&bells[queue])
+        });
+        let known = Arc::default();
+        for (number, socket) in sockets.into_iter().enumerate() {
+            let queue = number.min(fs_queue::REQUEST);
+            let memory = self.connect.memory.ram().clone();
+            let line = Arc::new(Line::new(socket, memory, Arc::clone(&known)));
+            self.lines.push(Arc::clone(&line));
+            let device = Arc::clone(&shared);
+            self.spawn(&format!("{tag}-{number}"), &bells[queue], move |bell| {
+                share::serve(&device, &line, queue, bell);
+            })?;
+        }
+        self.plug(shared)
+    }
+
     /// Adds a console device with `ports`, none of them a console in the guest's sense.
     pub fn add_console(&mut self, ports: Vec<Port>) -> Result<(), Error> {
         if ports.len() > MAX_PORTS {
@@ -237,7 +271,6 @@ impl Devices {
             .name(name.into())
             .spawn(move || work(&own))
             .map_err(Error::Thread)?;
-        bell.attach(thread.thread().clone());
         self.workers.push(Worker {
             bell: Arc::clone(bell),
             thread,
@@ -246,13 +279,14 @@ impl Devices {
     }
 
     /// Ends the workers: requests that are queued are served first, and all console
-    /// output is written. To be called when the vCPUs have stopped. Waits for host
+    /// output is written; those to shares, whose server may hang, are not. To be called when the vCPUs have stopped. Waits for host
     /// outputs that are slow; does not wait for host inputs that block.
     pub fn shutdown(&mut self) {
         for worker in &self.workers {
             worker.bell.stop();
         }
         self.cables.drain(..).for_each(|cable| cable.cut());
+        self.lines.drain(..).for_each(|line| line.cut());
         for worker in self.workers.drain(..) {
             let _ = worker.thread.join();
         }

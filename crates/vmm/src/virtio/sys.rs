@@ -1,5 +1,5 @@
 //! The system calls that move data between sockets and guest memory without a copy. Called by
-//! [`super::net`].
+//! [`super::net`] and [`super::share`].
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -61,6 +61,25 @@ pub(super) fn send<B: BitmapSlice>(
     let descriptor = socket.as_raw_fd();
     empty(buffers, |vectors| {
         // SAFETY: `empty` hands over vectors that the kernel may read.
+        unsafe { libc::writev(descriptor, vectors.as_ptr(), vectors.len() as i32) }
+    })
+}
+
+/// Sends `head` and then `buffers` in order to a stream; returns how many bytes it took.
+pub(super) fn send_behind<B: BitmapSlice>(
+    socket: &OwnedFd,
+    head: &[u8],
+    buffers: &[VolatileSlice<'_, B>],
+) -> io::Result<usize> {
+    let descriptor = socket.as_raw_fd();
+    empty(buffers, |vectors| {
+        let head = libc::iovec {
+            iov_base: head.as_ptr().cast_mut().cast(),
+            iov_len: head.len(),
+        };
+        let vectors = &vectors[..vectors.len().min(MAX_BUFFERS - 1)];
+        let vectors: Vec<_> = [&[head], vectors].concat();
+        // SAFETY: `empty` hands over vectors that the kernel may read, and `head` is borrowed.
         unsafe { libc::writev(descriptor, vectors.as_ptr(), vectors.len() as i32) }
     })
 }

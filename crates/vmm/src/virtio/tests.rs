@@ -77,15 +77,15 @@ impl PciFunction for OnBus {
     }
 }
 
-struct Machine {
-    driver: Driver,
-    devices: Devices,
+pub(super) struct Machine {
+    pub(super) driver: Driver,
+    pub(super) devices: Devices,
     interrupts: Arc<Interrupts>,
     device: OnBus,
 }
 
 /// A machine with the device that `add` adds, its driver up.
-fn machine(cpus: u8, add: impl FnOnce(&mut Devices)) -> Machine {
+pub(super) fn machine(cpus: u8, add: impl FnOnce(&mut Devices)) -> Machine {
     let mut driver = Driver::new(MEMORY_SIZE);
     let interrupts = Arc::<Interrupts>::default();
     let sink: Arc<dyn MsiSink> = Arc::clone(&interrupts) as _;
@@ -105,14 +105,14 @@ fn machine(cpus: u8, add: impl FnOnce(&mut Devices)) -> Machine {
 }
 
 impl Machine {
-    fn kick(&mut self, queue: usize) {
+    pub(super) fn kick(&mut self, queue: usize) {
         let offset = bar::NOTIFY + bar::NOTIFY_MULTIPLIER * queue as u64;
         self.device
             .bar_write(0, offset, &(queue as u16).to_le_bytes());
     }
 
     /// Waits for a queue's interrupt and returns its used elements.
-    fn wait(&mut self, queue: usize) -> Vec<(u32, u32)> {
+    pub(super) fn wait(&mut self, queue: usize) -> Vec<(u32, u32)> {
         let vector = queue as u32 + 1;
         let seen = self.interrupts.seen.lock().unwrap();
         let (mut seen, timeout) = self
