@@ -5,6 +5,7 @@
 //!                                        ├── Qcow2 ── tables, refcounts ─────► HostFile
 //!                                        │     └───── backing image ─────────► Disk
 //!                                        ├── VHD, VHDX, VMDK: only read ─────► HostFile
+//!                                        └── Partitions: only read, of several ► Disk
 //! ```
 //!
 //! A [`Disk`] is a row of bytes that several threads read and write at once. What a flush said is
@@ -16,6 +17,7 @@ mod blocks;
 mod buffers;
 mod copy;
 mod error;
+mod gpt;
 mod host;
 mod open;
 mod pieces;
@@ -31,6 +33,7 @@ use std::fmt::Debug;
 pub use buffers::Buffers;
 pub use copy::{Copied, copy};
 pub use error::{Error, Result};
+pub use gpt::Partitions;
 pub use host::HostFile;
 pub use open::{Format, OpenError, Opened, export, open, open_file};
 pub use qcow2::Qcow2;

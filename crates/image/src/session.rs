@@ -70,11 +70,12 @@ pub enum Start {
 /// The file system of a container image, and how its command starts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Container {
-    /// Which of the machine's disks is the lowest layer, counted from 0. The others follow.
+    /// Which of the machine's disks has the layers as its partitions, the lowest first; counted
+    /// from 0.
     pub first_disk: usize,
     /// How many layers there are.
     pub layers: usize,
-    /// Whether the disk after them is an ext4 file system for what is written; memory if not.
+    /// Whether the disk behind it is an ext4 file system for what is written; memory if not.
     pub has_scratch: bool,
     /// `NAME=value`, each.
     pub environment: Vec<String>,

@@ -12,8 +12,8 @@ use strata_image::{Container, GREETING, Network, Session, Start};
 use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
 use strata_sandbox::Role;
 use strata_vmm::{
-    Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
-    SerialConsole,
+    Accel, BootModule, ConsolePort, DiskConfig, DiskContent, DiskImage, InitrdPart, Machine,
+    MachineConfig, Outcome, SerialConsole,
 };
 
 use crate::appliance;
@@ -229,11 +229,7 @@ fn words(image: &oci::Image, given: &[OsString]) -> Vec<OsString> {
 fn disks(args: &RunArgs) -> Vec<DiskConfig> {
     args.disks
         .iter()
-        .map(|disk| DiskConfig {
-            path: disk.path.clone(),
-            format: disk.format,
-            read_only: disk.read_only,
-        })
+        .map(|disk| DiskConfig::image(&disk.path, disk.format, disk.read_only))
         .collect()
 }
 
@@ -305,18 +301,19 @@ impl Boot {
                 },
                 has_scratch: args.scratch.is_some(),
             });
-            disks.extend(image.layers.into_iter().map(|layer| DiskConfig {
-                path: layer.path,
-                format: Some(Format::Raw),
+            let layers = (0..).zip(image.layers).map(|(number, layer)| {
+                let format = Some(Format::Raw);
+                let path = layer.path;
+                (format!("layer-{number}"), DiskImage { path, format })
+            });
+            disks.push(DiskConfig {
+                content: DiskContent::Partitions(layers.collect()),
                 read_only: true,
-            }));
+            });
             if let Some(size) = args.scratch {
                 let file = oci::scratch(&store, size)?;
-                disks.push(DiskConfig {
-                    path: format!("/proc/self/fd/{}", file.as_raw_fd()).into(),
-                    format: Some(Format::Raw),
-                    read_only: false,
-                });
+                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+                disks.push(DiskConfig::image(path, Some(Format::Raw), false));
                 scratch = Some(file);
             }
         }

@@ -21,11 +21,7 @@ fn main() -> ExitCode {
         .next()
         .and_then(|text| text.parse().ok())
         .unwrap_or(512);
-    let disk = |path: String| DiskConfig {
-        path: path.into(),
-        format: None,
-        read_only: false,
-    };
+    let disk = |path: String| DiskConfig::image(path, None, false);
     let initrd = match initrd.as_str() {
         "-" => Vec::new(),
         path => vec![InitrdPart::File(path.into())],

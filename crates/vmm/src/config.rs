@@ -68,15 +68,42 @@ pub struct BootModule {
     pub arguments: String,
 }
 
-/// A disk image or block device.
+/// A disk.
 #[derive(Clone, Debug)]
 pub struct DiskConfig {
+    /// What is on it.
+    pub content: DiskContent,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+}
+
+impl DiskConfig {
+    /// That of one image.
+    pub fn image(path: impl Into<PathBuf>, format: Option<Format>, read_only: bool) -> Self {
+        let path = path.into();
+        Self {
+            content: DiskContent::Image(DiskImage { path, format }),
+            read_only,
+        }
+    }
+}
+
+/// What is on a disk.
+#[derive(Clone, Debug)]
+pub enum DiskContent {
+    /// That of an image or block device.
+    Image(DiskImage),
+    /// Partitions: each with a name, and what is on it. The guest can only read them.
+    Partitions(Vec<(String, DiskImage)>),
+}
+
+/// A disk image or block device.
+#[derive(Clone, Debug)]
+pub struct DiskImage {
     /// Where it is on the host.
     pub path: PathBuf,
     /// Its format; without, its name decides.
     pub format: Option<Format>,
-    /// Whether the guest may only read it.
-    pub read_only: bool,
 }
 
 /// Where the serial port is connected to on the host.

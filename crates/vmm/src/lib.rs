@@ -39,7 +39,8 @@ pub mod virtio;
 pub use boot::load;
 pub use bus::{MmioDevice, PortDevice};
 pub use config::{
-    Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, MachineConfig, SerialConsole,
+    Accel, BootModule, ConsolePort, DiskConfig, DiskContent, DiskImage, InitrdPart, MachineConfig,
+    SerialConsole,
 };
 pub use ending::Outcome;
 pub use error::{Error, KernelProblem};

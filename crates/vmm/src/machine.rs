@@ -10,7 +10,7 @@ use strata_memory::GuestMemory;
 
 use crate::boot::{self, Loaded};
 use crate::clock::{Calibration, Clock, tsc};
-use crate::config::{DiskConfig, MachineConfig};
+use crate::config::MachineConfig;
 use crate::console::{Output, SerialPort};
 use crate::ending::{Ending, Outcome};
 use crate::error::Error;
@@ -112,8 +112,7 @@ impl Machine {
         let memory = GuestMemory::new(size).map_err(|source| Error::Memory { size, source })?;
         let registers = loaded.install(&memory)?;
         drop(loaded);
-        let open = |disk: &DiskConfig| Disk::open(&disk.path, disk.format, disk.read_only);
-        let disks: Result<_, _> = disks.iter().map(open).collect();
+        let disks: Result<_, _> = disks.iter().map(Disk::open).collect();
         let disks = disks.map_err(virtio::Error::Disk)?;
         let clock = Clock {
             tsc_khz: calibration.finish(),

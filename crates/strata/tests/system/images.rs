@@ -235,3 +235,25 @@ fn an_images_own_init_gets_the_machine() {
     let ended = store.run_with(&["--init", "image"], &[], b"").expect(0);
     assert!(ended.text().contains("no /sbin/init"), "{}", ended.text());
 }
+
+#[test]
+fn an_image_may_have_127_layers() {
+    let mut layers = vec![base().bytes()];
+    for number in 1..127 {
+        let name = format!("layer {number}\n");
+        let layer = Layer::new().add("etc/hostname", 0o644, name.as_bytes());
+        layers.push(match number {
+            60 => layer.add("hidden/new", 0o640, b"").bytes(),
+            126 => layer.add(".wh.gone", 0o644, b"").bytes(),
+            _ => layer.bytes(),
+        });
+    }
+    let store = Store::new(&layers, &json!({}));
+
+    let ended = store.run(&["tell", "names"], b"").expect(0);
+
+    let text = ended.text();
+    assert!(text.contains("layer 126\n"), "{text}");
+    assert!(text.contains("/kept") && text.contains("/hidden/new"));
+    assert!(!text.contains("/gone"), "{text}");
+}

@@ -2,15 +2,17 @@
 //! several at once.
 
 use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use strata_devices::virtio::{Action, SECTOR_SIZE, Segment, Status};
-use strata_disk::{Buffers, Format, OpenError};
+use strata_disk::{Buffers, OpenError, Partitions};
 use strata_memory::vm_memory::bitmap::Bitmap;
 use strata_memory::vm_memory::{GuestMemory as _, GuestMemoryError, Permissions, VolatileSlice};
 use strata_memory::{GuestAddress, Ram};
+
+use crate::config::{DiskConfig, DiskContent, DiskImage};
 
 /// Failed requests are logged this many times for each disk, then no more.
 const MAX_COMPLAINTS: u32 = 8;
@@ -20,20 +22,49 @@ const MAX_COMPLAINTS: u32 = 8;
 pub struct Disk {
     image: Arc<dyn strata_disk::Disk>,
     read_only: bool,
-    path: PathBuf,
+    /// What messages call it.
+    name: String,
     complaints: AtomicU32,
 }
 
 impl Disk {
-    /// Opens and locks an image or block device: for this machine alone, or if `read_only`,
-    /// together with others that only read.
-    pub fn open(path: &Path, format: Option<Format>, read_only: bool) -> Result<Self, OpenError> {
-        Ok(Self {
-            image: strata_disk::open(path, format, !read_only)?,
+    /// Opens and locks what is on a disk: for this machine alone, or if it is only read, together with
+    /// others that only read.
+    pub fn open(config: &DiskConfig) -> Result<Self, OpenError> {
+        match &config.content {
+            DiskContent::Image(image) => Self::of_image(image, config.read_only),
+            DiskContent::Partitions(images) => Self::of_partitions(images),
+        }
+    }
+
+    fn of_image(image: &DiskImage, read_only: bool) -> Result<Self, OpenError> {
+        let name = image.path.display().to_string();
+        let image = strata_disk::open(&image.path, image.format, !read_only)?;
+        Ok(Self::new(image, read_only, name))
+    }
+
+    fn of_partitions(images: &[(String, DiskImage)]) -> Result<Self, OpenError> {
+        let open = |(name, image): &(String, DiskImage)| {
+            let disk = strata_disk::open(&image.path, image.format, false)?;
+            Ok((name.clone(), disk))
+        };
+        let disks = images.iter().map(open).collect::<Result<_, OpenError>>()?;
+        let disk = Partitions::new(disks).map_err(|source| OpenError::Image {
+            path: images
+                .first()
+                .map_or_else(PathBuf::new, |(_, i)| i.path.clone()),
+            source,
+        })?;
+        Ok(Self::new(Arc::new(disk), true, "of partitions".to_owned()))
+    }
+
+    fn new(image: Arc<dyn strata_disk::Disk>, read_only: bool, name: String) -> Self {
+        Self {
+            image,
             read_only,
-            path: path.to_path_buf(),
+            name,
             complaints: AtomicU32::new(0),
-        })
+        }
     }
 
     /// Whether it is only read.
@@ -52,8 +83,7 @@ impl Disk {
             Ok(status) => status,
             Err(error) => {
                 if self.complaints.fetch_add(1, Ordering::Relaxed) < MAX_COMPLAINTS {
-                    let disk = self.path.display();
-                    tracing::warn!(%disk, %error, "the guest's disk request failed");
+                    tracing::warn!(disk = %self.name, %error, "the guest's disk request failed");
                 }
                 Status::IoError
             }

@@ -8,6 +8,7 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::config::DiskConfig;
 use strata_devices::pci::{BAR_COUNT, BarWindow, BarWindows, PciFunction};
 use strata_devices::virtio::bar;
 use strata_devices::virtio::testing::{Driver, MEMORY_SIZE, MSI_ADDRESS};
@@ -152,7 +153,7 @@ fn a_disk_is_written_flushed_and_read_on_all_its_queues() {
     image.as_file().set_len(1 << 20).unwrap();
     let mut machine = machine(2, |devices| {
         devices
-            .add_disk(Disk::open(image.path(), None, false).unwrap())
+            .add_disk(Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap())
             .unwrap();
     });
     let data = machine.driver.place(&[0x5a; 1024]);
@@ -187,7 +188,7 @@ fn requests_queued_when_the_machine_stops_are_still_done() {
     image.as_file().set_len(1 << 20).unwrap();
     let mut machine = machine(1, |devices| {
         devices
-            .add_disk(Disk::open(image.path(), None, false).unwrap())
+            .add_disk(Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap())
             .unwrap();
     });
     let data = machine.driver.place(&[0x77; 512]);

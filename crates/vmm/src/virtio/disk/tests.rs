@@ -1,6 +1,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use strata_devices::virtio::SectorRange;
 use strata_memory::{Bytes, GuestMemory};
@@ -15,7 +16,7 @@ fn image(size: usize) -> NamedTempFile {
 }
 
 fn error(path: &Path, read_only: bool) -> OpenError {
-    Disk::open(path, None, read_only).unwrap_err()
+    Disk::open(&DiskConfig::image(path, None, read_only)).unwrap_err()
 }
 
 fn segments(parts: &[(u64, u32)]) -> Vec<Segment> {
@@ -68,7 +69,7 @@ fn odd_and_empty_files_are_refused_with_how_to_pad_them() {
 #[test]
 fn a_disk_in_use_is_refused_until_it_is_free() {
     let image = image(512);
-    let first = Disk::open(image.path(), None, false).unwrap();
+    let first = Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap();
 
     assert!(matches!(
         error(image.path(), false),
@@ -77,14 +78,14 @@ fn a_disk_in_use_is_refused_until_it_is_free() {
     assert!(matches!(error(image.path(), true), OpenError::InUse { .. }));
 
     drop(first);
-    Disk::open(image.path(), None, false).unwrap();
+    Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap();
 }
 
 #[test]
 fn readers_share_a_disk_and_keep_writers_out() {
     let image = image(512);
-    let _first = Disk::open(image.path(), None, true).unwrap();
-    let _second = Disk::open(image.path(), None, true).unwrap();
+    let _first = Disk::open(&DiskConfig::image(image.path(), None, true)).unwrap();
+    let _second = Disk::open(&DiskConfig::image(image.path(), None, true)).unwrap();
 
     assert!(matches!(
         error(image.path(), false),
@@ -107,7 +108,7 @@ fn permissions_tell_whether_reading_would_work() {
         error(image.path(), false),
         OpenError::NotWritable { .. }
     ));
-    Disk::open(image.path(), None, true).unwrap();
+    Disk::open(&DiskConfig::image(image.path(), None, true)).unwrap();
     allow(0);
     assert!(matches!(
         error(image.path(), true),
@@ -118,7 +119,7 @@ fn permissions_tell_whether_reading_would_work() {
 #[test]
 fn what_is_written_is_read_back_across_scattered_buffers() {
     let image = image(4096);
-    let disk = Disk::open(image.path(), None, false).unwrap();
+    let disk = Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap();
     let memory = GuestMemory::new(0x10000).unwrap();
     let data: Vec<u8> = (0..1024).map(|i| i as u8).collect();
     memory
@@ -156,7 +157,7 @@ fn what_is_written_is_read_back_across_scattered_buffers() {
 #[test]
 fn a_request_with_more_buffers_than_the_kernel_takes_at_once_is_done_whole() {
     let image = image(512 * 4096);
-    let disk = Disk::open(image.path(), None, false).unwrap();
+    let disk = Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap();
     let memory = GuestMemory::new(0x40_0000).unwrap();
     let buffers: Vec<_> = (0..4096)
         .map(|i| Segment {
@@ -185,7 +186,7 @@ fn reads_into_translated_code_are_told() {
         }
     }
     let image = image(4096);
-    let disk = Disk::open(image.path(), None, false).unwrap();
+    let disk = Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap();
     let memory = GuestMemory::new(0x10000).unwrap();
     let log = Arc::default();
     memory.code().set_listener(Box::new(Log(Arc::clone(&log))));
@@ -200,7 +201,7 @@ fn reads_into_translated_code_are_told() {
 #[test]
 fn discarded_and_zeroed_ranges_read_zero_and_the_size_stays() {
     let image = image(3 * 65536);
-    let disk = Disk::open(image.path(), None, false).unwrap();
+    let disk = Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap();
     let memory = GuestMemory::new(0x1000).unwrap();
     let discard = Action::Discard(vec![range(0, 4096, false)]);
     let ranges = vec![
@@ -228,7 +229,7 @@ fn discarded_and_zeroed_ranges_read_zero_and_the_size_stays() {
 #[test]
 fn a_file_that_has_shrunk_gives_io_errors() {
     let image = image(4096);
-    let disk = Disk::open(image.path(), None, false).unwrap();
+    let disk = Disk::open(&DiskConfig::image(image.path(), None, false)).unwrap();
     let memory = GuestMemory::new(0x10000).unwrap();
     image.as_file().set_len(512).unwrap();
 
@@ -236,4 +237,31 @@ fn a_file_that_has_shrunk_gives_io_errors() {
     let status = disk.perform(memory.ram(), &Action::Read { offset: 0, buffers });
 
     assert_eq!(status, Status::IoError);
+}
+
+#[test]
+fn images_are_the_partitions_of_one_disk_and_are_only_read() {
+    let images = [image(0x1000), image(0x2000)];
+    let named = images.iter().zip(["a", "b"]).map(|(image, name)| {
+        let path = image.path().to_path_buf();
+        (name.to_owned(), DiskImage { path, format: None })
+    });
+    let disk = Disk::open(&DiskConfig {
+        content: DiskContent::Partitions(named.collect()),
+        read_only: false,
+    });
+    let disk = disk.unwrap();
+
+    assert!(disk.is_read_only());
+    let memory = GuestMemory::new(1 << 20).unwrap();
+    let read = Action::Read {
+        offset: 2 << 20,
+        buffers: segments(&[(0x1000, 0x3000)]),
+    };
+    assert_eq!(disk.perform(memory.ram(), &read), Status::Ok);
+    let mut seen = [1; 0x3000];
+    let start = GuestAddress(0x1000);
+    memory.ram().read_slice(&mut seen, start).unwrap();
+    assert!(seen[..0x2000].iter().all(|byte| *byte == 0xaa));
+    assert!(seen[0x2000..].iter().all(|byte| *byte == 0));
 }
