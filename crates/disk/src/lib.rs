@@ -20,6 +20,7 @@ mod error;
 mod gpt;
 mod host;
 mod open;
+mod overlay;
 mod pieces;
 pub mod qcow2;
 mod raw;
