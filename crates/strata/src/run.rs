@@ -229,7 +229,14 @@ fn words(image: &oci::Image, given: &[OsString]) -> Vec<OsString> {
 fn disks(args: &RunArgs) -> Vec<DiskConfig> {
     args.disks
         .iter()
-        .map(|disk| DiskConfig::image(&disk.path, disk.format, disk.read_only))
+        .map(|disk| DiskConfig {
+            content: DiskContent::Image(DiskImage {
+                path: disk.path.clone(),
+                format: disk.format,
+                passphrase: disk.passphrase.clone(),
+            }),
+            read_only: disk.read_only,
+        })
         .collect()
 }
 
@@ -302,9 +309,8 @@ impl Boot {
                 has_scratch: args.scratch.is_some(),
             });
             let layers = (0..).zip(image.layers).map(|(number, layer)| {
-                let format = Some(Format::Raw);
-                let path = layer.path;
-                (format!("layer-{number}"), DiskImage { path, format })
+                let image = DiskImage::new(layer.path, Some(Format::Raw));
+                (format!("layer-{number}"), image)
             });
             disks.push(DiskConfig {
                 content: DiskContent::Partitions(layers.collect()),

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::path::PathBuf;
 
-use strata_disk::Format;
+use strata_disk::{Format, Passphrase};
 use strata_net::Joined;
 
 /// Everything a machine is built from.
@@ -78,11 +78,10 @@ pub struct DiskConfig {
 }
 
 impl DiskConfig {
-    /// That of one image.
+    /// That of one image, which is not encrypted.
     pub fn image(path: impl Into<PathBuf>, format: Option<Format>, read_only: bool) -> Self {
-        let path = path.into();
         Self {
-            content: DiskContent::Image(DiskImage { path, format }),
+            content: DiskContent::Image(DiskImage::new(path, format)),
             read_only,
         }
     }
@@ -104,6 +103,19 @@ pub struct DiskImage {
     pub path: PathBuf,
     /// Its format; without, its name decides.
     pub format: Option<Format>,
+    /// What opens it, if it is encrypted.
+    pub passphrase: Option<Passphrase>,
+}
+
+impl DiskImage {
+    /// One that is not encrypted.
+    pub fn new(path: impl Into<PathBuf>, format: Option<Format>) -> Self {
+        Self {
+            path: path.into(),
+            format,
+            passphrase: None,
+        }
+    }
 }
 
 /// Where the serial port is connected to on the host.
