@@ -49,8 +49,8 @@ pub struct Secret {
 }
 
 impl Secret {
-    /// The usual one: AES with keys of 256 bits in XTS mode, SHA-256 and a million rounds, half a
-    /// second.
+    /// The usual one: AES with keys of 256 bits in XTS mode, SHA-256 and a million rounds, which take
+    /// some tenths of a second.
     pub fn new(passphrase: Passphrase) -> Self {
         Self {
             passphrase,
