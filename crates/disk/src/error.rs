@@ -21,6 +21,14 @@ pub enum Error {
     /// It was opened to be read.
     #[error("the image was opened read-only")]
     ReadOnly,
+    /// It is encrypted, and opened without a passphrase.
+    #[error("the image is encrypted; name the file that has its passphrase: --key-file FILE")]
+    Locked,
+    /// It is encrypted with another passphrase.
+    #[error(
+        "the passphrase is not the image's; all of the key file counts, also the end of its last line"
+    )]
+    WrongPassphrase,
     /// The image that this one is based on cannot be used.
     #[error("its backing image {} cannot be used", path.display())]
     Backing {

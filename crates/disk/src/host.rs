@@ -9,6 +9,7 @@ use rustix::fs::{FallocateFlags, SeekFrom as RustixSeek, fallocate, seek};
 use rustix::io::Errno;
 
 use crate::buffers::Buffers;
+use crate::overlay::{Overlay, Seen};
 
 /// Zeroes are written in pieces of so many bytes where the host cannot make them.
 const ZERO_PIECE: u64 = 256 << 10;
@@ -18,6 +19,8 @@ const ZERO_PIECE: u64 = 256 << 10;
 pub struct HostFile {
     file: File,
     durable: bool,
+    /// What reads see in place of what the file has.
+    overlay: Option<Overlay>,
 }
 
 impl HostFile {
@@ -26,6 +29,7 @@ impl HostFile {
         Self {
             file,
             durable: true,
+            overlay: None,
         }
     }
 
@@ -35,6 +39,7 @@ impl HostFile {
         Self {
             file,
             durable: false,
+            overlay: None,
         }
     }
 
@@ -45,8 +50,37 @@ impl HostFile {
     }
 
     /// Fills `buffers` from byte `offset` on; with zeroes past the end.
-    pub fn read(&self, offset: u64, buffers: Buffers) -> io::Result<()> {
-        buffers.read_from(&self.file, offset)
+    pub fn read(&self, mut offset: u64, mut buffers: Buffers) -> io::Result<()> {
+        let Some(overlay) = &self.overlay else {
+            return buffers.read_from(&self.file, offset);
+        };
+        while !buffers.is_empty() {
+            let length;
+            match overlay.see(offset) {
+                Seen::File(rest) => {
+                    let part = buffers.take(rest);
+                    length = part.len();
+                    part.read_from(&self.file, offset)?;
+                }
+                Seen::Zeroes(rest) => {
+                    let part = buffers.take(rest);
+                    length = part.len();
+                    part.clear();
+                }
+                Seen::Data(data) => {
+                    let part = buffers.take(data.len() as u64);
+                    length = part.len();
+                    part.fill_from(&data[..length as usize]);
+                }
+            }
+            offset += length;
+        }
+        Ok(())
+    }
+
+    /// Has [`HostFile::read`] see these changes. The file, which is only read, stays as it is.
+    pub(crate) fn show(&mut self, changes: Overlay) {
+        self.overlay = Some(changes);
     }
 
     /// Fills `buffers` from byte `offset` on. Fails with `UnexpectedEof` past the end.

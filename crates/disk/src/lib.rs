@@ -16,10 +16,12 @@
 mod blocks;
 mod buffers;
 mod copy;
+mod crypt;
 mod error;
 mod gpt;
 mod host;
 mod open;
+mod overlay;
 mod pieces;
 pub mod qcow2;
 mod raw;
@@ -32,10 +34,11 @@ use std::fmt::Debug;
 
 pub use buffers::Buffers;
 pub use copy::{Copied, copy};
+pub use crypt::{Cipher, Hash, Passphrase};
 pub use error::{Error, Result};
 pub use gpt::Partitions;
 pub use host::HostFile;
-pub use open::{Format, OpenError, Opened, export, open, open_file};
+pub use open::{Format, Key, OpenError, Opened, export, open, open_file, open_with};
 pub use qcow2::Qcow2;
 pub use raw::Raw;
 pub use resume::{Journal, copy_on, first_difference, journal_path};

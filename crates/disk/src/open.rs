@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::blocks::BlockImage;
 use crate::error::Error;
-use crate::{Disk, HostFile, Qcow2, Raw, SECTOR_SIZE, qcow2, vhd, vhdx, vmdk};
+use crate::{Disk, HostFile, Passphrase, Qcow2, Raw, SECTOR_SIZE, qcow2, vhd, vhdx, vmdk};
 
 /// Images that one may be based on, one on the other, at most.
 const MAX_CHAIN: usize = 64;
@@ -248,8 +248,47 @@ pub struct Opened {
 /// Opens and locks an image: to `write`, for this process alone; else, with others that only read.
 /// Without a `format`, its name decides: what does not end in a format's name is raw.
 pub fn open(path: &Path, format: Option<Format>, write: bool) -> Result<Arc<dyn Disk>, OpenError> {
+    open_with(path, format, write, Key::None)
+}
+
+/// The same for an image that may be encrypted, or may be based on one that is.
+pub fn open_with(
+    path: &Path,
+    format: Option<Format>,
+    write: bool,
+    key: Key,
+) -> Result<Arc<dyn Disk>, OpenError> {
     let opened = open_file(path, format, write)?;
-    disk(opened, &mut Vec::new())
+    disk(opened, key, &mut Vec::new())
+}
+
+/// What there is to open encrypted images with.
+#[derive(Clone, Copy, Debug)]
+pub enum Key<'a> {
+    /// Nothing: they are refused.
+    None,
+    /// The passphrase of all of them, of those too that others are based on.
+    Passphrase(&'a Passphrase),
+    /// They stay locked: it can be asked what is where, and nothing be read.
+    NotNeeded,
+}
+
+impl<'a> From<Option<&'a Passphrase>> for Key<'a> {
+    fn from(passphrase: Option<&'a Passphrase>) -> Self {
+        passphrase.map_or(Self::None, Self::Passphrase)
+    }
+}
+
+impl Key<'_> {
+    /// Unlocks an image, if it is encrypted.
+    pub fn unlock(self, image: &mut Qcow2) -> crate::Result<()> {
+        match self {
+            _ if !image.is_encrypted() => Ok(()),
+            Self::None => Err(Error::Locked),
+            Self::Passphrase(passphrase) => image.unlock(passphrase),
+            Self::NotNeeded => Ok(()),
+        }
+    }
 }
 
 /// Opens the file of an image alone.
@@ -321,7 +360,7 @@ impl Opened {
     }
 }
 
-fn disk(opened: Opened, chain: &mut Vec<(u64, u64)>) -> Result<Arc<dyn Disk>, OpenError> {
+fn disk(opened: Opened, key: Key, chain: &mut Vec<(u64, u64)>) -> Result<Arc<dyn Disk>, OpenError> {
     let path = opened.path.clone();
     let image_error = |source| OpenError::Image {
         path: path.clone(),
@@ -357,7 +396,7 @@ fn disk(opened: Opened, chain: &mut Vec<(u64, u64)>) -> Result<Arc<dyn Disk>, Op
     let backing = match opened.backing()? {
         None => None,
         Some((below, format)) => {
-            let found = open_file(&below, format, false).and_then(|below| disk(below, chain));
+            let found = open_file(&below, format, false).and_then(|below| disk(below, key, chain));
             let backing = found.map_err(|source| OpenError::Backing {
                 path: path.clone(),
                 source: Box::new(source),
@@ -370,7 +409,9 @@ fn disk(opened: Opened, chain: &mut Vec<(u64, u64)>) -> Result<Arc<dyn Disk>, Op
         Some(name) => Some(HostFile::new(lock(&opened.beside(name), opened.write)?)),
     };
     let image = Qcow2::open(opened.file, backing, data, opened.write);
-    Ok(Arc::new(image.map_err(image_error)?))
+    let mut image = image.map_err(image_error)?;
+    key.unlock(&mut image).map_err(image_error)?;
+    Ok(Arc::new(image))
 }
 
 /// Opens and locks a file or block device.

@@ -124,8 +124,9 @@ pub(crate) struct RunArgs {
     pub(crate) memory: u64,
 
     /// A disk image or block device; with ,ro it is not written to. What is not called .qcow2 is raw,
-    /// unless format=qcow2 says otherwise. Repeat for /dev/vda, /dev/vdb, ...
-    #[arg(long = "disk", value_name = "PATH[,ro][,format=FORMAT]",
+    /// unless format=qcow2 says otherwise. An encrypted one needs key-file=FILE, with its passphrase.
+    /// Repeat for /dev/vda, /dev/vdb, ...
+    #[arg(long = "disk", value_name = "PATH[,ro][,format=FORMAT][,key-file=FILE]",
           value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
     pub(crate) disks: Vec<Disk>,
 

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use strata_disk::Format;
+use strata_disk::{Format, Passphrase};
 use strata_net::{Forward, Protocol};
 
 /// Granularity of guest memory: a page, in bytes.
@@ -74,27 +74,36 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 }
 
 /// A disk as given with `--disk`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     pub(crate) format: Option<Format>,
     pub(crate) read_only: bool,
+    /// What opens it, if it is encrypted.
+    pub(crate) passphrase: Option<Passphrase>,
 }
 
-/// Parses `PATH` with any of `,ro`, `,rw` and `,format=FORMAT` behind. Any other comma belongs to
-/// the path.
+/// Parses `PATH` with any of `,ro`, `,rw`, `,format=FORMAT` and `,key-file=FILE` behind, and reads
+/// the latter file. Any other comma belongs to the path.
 pub(crate) fn disk(text: &OsStr) -> Result<Disk, String> {
     let mut path = text.as_bytes();
-    let (mut read_only, mut format) = (false, None);
+    let (mut read_only, mut format, mut passphrase) = (false, None, None);
     while let Some(comma) = path.iter().rposition(|byte| *byte == b',') {
         match &path[comma + 1..] {
             b"ro" => read_only = true,
             b"rw" => read_only = false,
             option => {
-                let Some(name) = option.strip_prefix(b"format=") else {
+                if let Some(name) = option.strip_prefix(b"format=") {
+                    format = Some(self::format(&String::from_utf8_lossy(name))?);
+                } else if let Some(file) = option.strip_prefix(b"key-file=") {
+                    let file = Path::new(OsStr::from_bytes(file));
+                    let read = Passphrase::read(file).map_err(|error| {
+                        format!("the key file {} cannot be read: {error}", file.display())
+                    });
+                    passphrase = Some(read?);
+                } else {
                     break;
-                };
-                format = Some(self::format(&String::from_utf8_lossy(name))?);
+                }
             }
         }
         path = &path[..comma];
@@ -106,6 +115,7 @@ pub(crate) fn disk(text: &OsStr) -> Result<Disk, String> {
         path: OsStr::from_bytes(path).into(),
         format,
         read_only,
+        passphrase,
     })
 }
 

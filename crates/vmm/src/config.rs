@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use strata_disk::Format;
+use strata_disk::{Format, Passphrase};
 use strata_net::Joined;
 use strata_share::Share;
 
@@ -85,11 +85,10 @@ pub struct DiskConfig {
 }
 
 impl DiskConfig {
-    /// That of one image.
+    /// That of one image, which is not encrypted.
     pub fn image(path: impl Into<PathBuf>, format: Option<Format>, read_only: bool) -> Self {
-        let path = path.into();
         Self {
-            content: DiskContent::Image(DiskImage { path, format }),
+            content: DiskContent::Image(DiskImage::new(path, format)),
             read_only,
         }
     }
@@ -111,6 +110,19 @@ pub struct DiskImage {
     pub path: PathBuf,
     /// Its format; without, its name decides.
     pub format: Option<Format>,
+    /// What opens it, if it is encrypted.
+    pub passphrase: Option<Passphrase>,
+}
+
+impl DiskImage {
+    /// One that is not encrypted.
+    pub fn new(path: impl Into<PathBuf>, format: Option<Format>) -> Self {
+        Self {
+            path: path.into(),
+            format,
+            passphrase: None,
+        }
+    }
 }
 
 /// A socket device. A program of the host connects to the listener, writes `CONNECT PORT` and a

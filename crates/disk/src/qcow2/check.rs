@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
+use super::header::Encryption;
 use super::layout::{COMPRESSED, COPIED, Entry, Layout, OFFSET};
 use super::refcounts::read_numbers;
 use super::tables::Tables;
@@ -219,6 +220,9 @@ impl Qcow2 {
         census.add_bytes(header.refcount_table_offset, table, "the refcount table");
         for block in tables.refcounts.blocks() {
             census.add_bytes(block, size, "a refcount block");
+        }
+        if let Some(Encryption::Luks(offset, length)) = header.encryption {
+            census.add_bytes(offset, length, "the LUKS header");
         }
         for clusters in bitmaps::clusters(&self.file, header)? {
             census.add(clusters, || "a bitmap".to_owned());

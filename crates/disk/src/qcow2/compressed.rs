@@ -116,7 +116,7 @@ impl Qcow2 {
 
     fn pack_cluster(&self, offset: u64, data: &mut [u8], packer: &mut Packer) -> Result<()> {
         let size = self.layout.cluster_size();
-        let possible = !self.layout.external && !self.layout.extended;
+        let possible = !self.layout.external && !self.layout.extended && !self.is_encrypted();
         let whole = possible.then(|| {
             let mut whole = Cow::from(&*data);
             if (data.len() as u64) < size {

@@ -1,12 +1,13 @@
 //! Making new images.
 
 use super::header::{
-    Autoclear, CLUSTER_BITS, Compatible, Compression, Header, Incompatible, MAX_L1,
+    Autoclear, CLUSTER_BITS, Compatible, Compression, Encryption, Header, Incompatible, MAX_L1,
 };
 use super::layout::Layout;
 use super::refcounts::numbers;
-use crate::HostFile;
+use crate::crypt::Luks;
 use crate::error::{Error, Result};
+use crate::{Cipher, Hash, HostFile, Passphrase};
 
 /// What a new image is to be like.
 #[derive(Clone, Debug)]
@@ -30,6 +31,34 @@ pub struct Options {
     pub refcount_bits: u32,
     /// The file that data is to be in, if not in the image.
     pub data_file: Option<String>,
+    /// How data is to be encrypted, if it is.
+    pub secret: Option<Secret>,
+}
+
+/// How a new image is encrypted: with LUKS.
+#[derive(Clone, Debug)]
+pub struct Secret {
+    /// What opens it.
+    pub passphrase: Passphrase,
+    /// With what.
+    pub cipher: Cipher,
+    /// What makes a key of the passphrase, with PBKDF2.
+    pub hash: Hash,
+    /// How often it is done for that: each time the image is opened takes so long.
+    pub rounds: u32,
+}
+
+impl Secret {
+    /// The usual one: AES with keys of 256 bits in XTS mode, SHA-256 and a million rounds, which take
+    /// some tenths of a second.
+    pub fn new(passphrase: Passphrase) -> Self {
+        Self {
+            passphrase,
+            cipher: Cipher::default(),
+            hash: Hash::Sha256,
+            rounds: 1_000_000,
+        }
+    }
 }
 
 impl Options {
@@ -45,6 +74,7 @@ impl Options {
             lazy_refcounts: false,
             refcount_bits: 16,
             data_file: None,
+            secret: None,
         }
     }
 
@@ -61,6 +91,7 @@ impl Options {
             || self.lazy_refcounts
             || self.refcount_bits != 16
             || self.data_file.is_some()
+            || self.secret.is_some()
             || self.compression != Compression::Zlib;
         if self.version != 3 && (self.version != 2 || new) {
             return invalid("such an image must be of version 3");
@@ -105,7 +136,10 @@ pub fn create(file: &HostFile, options: &Options) -> Result<()> {
     let mut header = options.header()?;
     let size = options.cluster_size;
     let l1_clusters = (u64::from(header.l1_entries) * 8).div_ceil(size);
-    // header, refcount table, its blocks, L1 table
+    let luks_length = options.secret.as_ref();
+    let luks_length = luks_length.map_or(0, |secret| Luks::length(&secret.cipher));
+    let luks_clusters = luks_length.div_ceil(size);
+    // header, refcount table, its blocks, L1 table, LUKS header
     let per_block = (size * 8) >> header.refcount_order;
     let mut blocks = 1;
     let mut used = 0;
@@ -113,7 +147,7 @@ pub fn create(file: &HostFile, options: &Options) -> Result<()> {
     while used == 0 || blocks * per_block < used {
         blocks = used.div_ceil(per_block).max(1);
         table = (blocks * 8).div_ceil(size);
-        used = 1 + table + blocks + l1_clusters;
+        used = 1 + table + blocks + l1_clusters + luks_clusters;
     }
     header.refcount_table_offset = size;
     header.refcount_table_clusters = table as u32;
@@ -137,6 +171,17 @@ pub fn create(file: &HostFile, options: &Options) -> Result<()> {
         counts[byte as usize] |= 1 << shift;
     }
     file.write_bytes(first_block, &counts)?;
+    if let Some(secret) = &options.secret {
+        let Secret {
+            passphrase,
+            cipher,
+            hash,
+            rounds,
+        } = secret;
+        let offset = (used - luks_clusters) * size;
+        header.encryption = Some(Encryption::Luks(offset, luks_length));
+        file.write_bytes(offset, &Luks::create(cipher, *hash, passphrase, *rounds)?)?;
+    }
     file.write_bytes(0, &header.encode()?)?;
     file.sync()?;
     Ok(())

@@ -3,6 +3,7 @@
 
 use bitflags::bitflags;
 
+use crate::crypt::PROLOGUE;
 use crate::error::{Error, Result, damaged};
 
 pub(super) const MAGIC: u32 = 0x5146_49fb;
@@ -19,6 +20,12 @@ pub(super) const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// Largest L1 table and refcount table, in bytes, as in QEMU.
 pub(super) const MAX_L1: u64 = 32 << 20;
 pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
+
+/// Largest LUKS header with its keys, in bytes, and the numbers of encryption methods.
+const MAX_LUKS: u64 = 64 << 20;
+const METHOD_NONE: u32 = 0;
+const METHOD_AES: u32 = 1;
+const METHOD_LUKS: u32 = 2;
 
 /// Header extension types.
 mod extension {
@@ -75,6 +82,15 @@ pub enum Compression {
     Zstd,
 }
 
+/// How data is encrypted: what method the header names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Encryption {
+    /// AES in CBC mode, with the passphrase as the key. Long given up, for that.
+    Aes,
+    /// LUKS, whose own header is in the file: host offset, and bytes.
+    Luks(u64, u64),
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
@@ -95,6 +111,7 @@ pub(super) struct Header {
     pub(super) autoclear: Autoclear,
     pub(super) refcount_order: u32,
     pub(super) compression: Compression,
+    pub(super) encryption: Option<Encryption>,
     /// Extensions that this does not know, to be kept.
     others: Vec<(u32, Vec<u8>)>,
 }
@@ -120,6 +137,7 @@ impl Header {
             autoclear: Autoclear::empty(),
             refcount_order: 4,
             compression: Compression::Zlib,
+            encryption: None,
             others: Vec::new(),
         }
     }
@@ -147,13 +165,14 @@ impl Header {
             let what = format!("version {version} of the qcow2 format");
             return Err(Error::Unsupported(what));
         }
-        match fields.u32(32)? {
-            0 => {}
-            1 => return Err(Error::Unsupported("AES encryption".to_owned())),
-            2 => return Err(Error::Unsupported("LUKS encryption".to_owned())),
-            other => return Err(damaged(format!("encryption method {other}"))),
-        }
         let mut header = Self {
+            encryption: match fields.u32(32)? {
+                METHOD_NONE => None,
+                METHOD_AES => Some(Encryption::Aes),
+                // where it is, an extension says
+                METHOD_LUKS => Some(Encryption::Luks(0, 0)),
+                other => return Err(damaged(format!("encryption method {other}"))),
+            },
             l1_entries: fields.u32(36)?,
             l1_offset: fields.u64(40)?,
             refcount_table_offset: fields.u64(48)?,
@@ -213,7 +232,10 @@ impl Header {
                 // made anew
                 extension::FEATURE_NAMES => {}
                 extension::ENCRYPTION => {
-                    return Err(Error::Unsupported("LUKS encryption".to_owned()));
+                    let place = Fields(data);
+                    if let Some(Encryption::Luks(offset, length)) = &mut self.encryption {
+                        (*offset, *length) = (place.u64(0)?, place.u64(8)?);
+                    }
                 }
                 _ => self.others.push((kind, data.to_vec())),
             }
@@ -271,6 +293,12 @@ impl Header {
                 return Err(damaged(format!("the {what} is at byte {offset:#x}")));
             }
         }
+        if let Some(Encryption::Luks(offset, length)) = self.encryption {
+            let whole = offset.is_multiple_of(cluster) && i64::try_from(offset).is_ok();
+            if offset == 0 || !whole || !(PROLOGUE as u64..=MAX_LUKS).contains(&length) {
+                return Err(damaged(format!("the LUKS header is at byte {offset:#x}")));
+            }
+        }
         let l1 = u64::from(self.l1_entries) * 8;
         if l1 > MAX_L1 || self.size > i64::MAX as u64 {
             return Err(damaged(format!("an L1 table of {l1} bytes")));
@@ -311,6 +339,12 @@ impl Header {
         put(4, &self.version.to_be_bytes());
         put(20, &self.cluster_bits.to_be_bytes());
         put(24, &self.size.to_be_bytes());
+        let method = match self.encryption {
+            None => METHOD_NONE,
+            Some(Encryption::Aes) => METHOD_AES,
+            Some(Encryption::Luks(..)) => METHOD_LUKS,
+        };
+        put(32, &method.to_be_bytes());
         put(36, &self.l1_entries.to_be_bytes());
         put(40, &self.l1_offset.to_be_bytes());
         put(48, &self.refcount_table_offset.to_be_bytes());
@@ -336,6 +370,10 @@ impl Header {
         }
         if let Some(name) = &self.data_file {
             extend(extension::DATA_FILE, name.as_bytes());
+        }
+        if let Some(Encryption::Luks(offset, length)) = self.encryption {
+            let place = [offset.to_be_bytes(), length.to_be_bytes()].concat();
+            extend(extension::ENCRYPTION, &place);
         }
         for (kind, data) in &self.others {
             extend(*kind, data);

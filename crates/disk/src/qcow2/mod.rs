@@ -20,6 +20,7 @@ mod check;
 mod commit;
 mod compressed;
 mod create;
+mod encryption;
 mod header;
 mod layout;
 mod refcounts;
@@ -32,7 +33,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 pub use check::{Repair, Report};
 use compressed::Inflated;
-pub use create::{Options, create};
+pub use create::{Options, Secret, create};
+use encryption::Secrecy;
 pub use header::Compression;
 use header::{Compatible, Header, Incompatible};
 use layout::{Layout, Place};
@@ -53,6 +55,7 @@ pub struct Qcow2 {
     size: u64,
     layout: Layout,
     compression: Compression,
+    secrecy: Secrecy,
     tables: Mutex<Tables>,
     inflated: Mutex<Inflated>,
     /// A cluster is no longer busy.
@@ -105,6 +108,8 @@ pub struct Facts {
     pub refcount_bits: u32,
     /// Whether it was not closed: opening it for writing mends its refcounts.
     pub dirty: bool,
+    /// How data is encrypted, if it is.
+    pub encryption: Option<String>,
     /// Whether it is known to be damaged.
     pub corrupt: bool,
     /// How many snapshots are in it.
@@ -125,6 +130,7 @@ pub fn facts(file: &HostFile) -> Result<Facts> {
         dirty: header.incompatible.contains(Incompatible::DIRTY),
         corrupt: header.incompatible.contains(Incompatible::CORRUPT),
         snapshots: header.snapshots,
+        encryption: encryption::describe(file, &header)?,
     })
 }
 
@@ -181,6 +187,10 @@ impl Qcow2 {
             size,
             layout: tables.layout,
             compression: tables.header.compression,
+            secrecy: match tables.header.encryption {
+                None => Secrecy::Open,
+                Some(_) => Secrecy::Locked,
+            },
             tables: Mutex::new(tables),
             inflated: Mutex::new(None),
             settled: Condvar::new(),
@@ -232,6 +242,7 @@ impl Qcow2 {
     }
 
     fn check_range(&self, offset: u64, length: u64) -> Result<()> {
+        self.check_sectors(offset, length)?;
         let end = offset.checked_add(length).filter(|end| *end <= self.size);
         match end {
             Some(_) => Ok(()),

@@ -37,7 +37,7 @@ impl Qcow2 {
             let found = self.tables().find(&self.file, offset, buffers.len())?;
             let part = buffers.take(found.length);
             match found.place {
-                Place::Data(host, _) => self.data().read(host, part)?,
+                Place::Data(host, _) => self.read_data(host, offset, part)?,
                 Place::Zero => part.clear(),
                 Place::Backing => self.read_backing(offset, part)?,
                 Place::Compressed(data) => self.read_compressed(data, offset, &part)?,
@@ -74,7 +74,7 @@ impl Qcow2 {
             let found = tables.find(&self.file, offset, buffers.len())?;
             if let Place::Data(host, true) = found.place {
                 drop(tables);
-                self.data().write(host, buffers.take(found.length))?;
+                self.write_data(host, offset, buffers.take(found.length))?;
                 offset += found.length;
                 continue;
             }
@@ -141,9 +141,7 @@ impl Qcow2 {
         let back = end.next_multiple_of(plan.unit);
         self.keep(plan, front, offset)?;
         self.keep(plan, end, back)?;
-        self.data()
-            .write(plan.host + (offset - plan.start), buffers)?;
-        Ok(())
+        self.write_data(plan.host + (offset - plan.start), offset, buffers)
     }
 
     /// Copies what is on the disk from `start` to `end` to the room.
@@ -154,11 +152,13 @@ impl Qcow2 {
         let mut bytes = vec![0; (end - start) as usize];
         let inside = self.size.clamp(start, end) - start;
         self.read_all(start, Buffers::from(&mut bytes[..inside as usize]))?;
-        if !plan.fresh || bytes.iter().any(|byte| *byte != 0) {
-            let host = plan.host + (start - plan.start);
-            self.data().write_bytes(host, &bytes)?;
+        // zeroes are something else when they are encrypted
+        let as_it_is = plan.fresh && !self.is_encrypted();
+        if as_it_is && bytes.iter().all(|byte| *byte == 0) {
+            return Ok(());
         }
-        Ok(())
+        let host = plan.host + (start - plan.start);
+        self.write_data(host, start, Buffers::from(&mut bytes[..]))
     }
 
     /// Lets the tables lead to the room, if it was filled, or else gives it back.

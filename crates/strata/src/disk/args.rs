@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Subcommand, ValueEnum};
-use strata_disk::Format;
+use strata_disk::{Cipher, Format, Hash, Passphrase};
 
 use crate::cli::OutputForm;
 use crate::units;
@@ -26,6 +27,9 @@ pub(crate) enum DiskCommand {
         /// Format of the image to clone; without, its name decides
         #[arg(long, value_name = "FORMAT", value_parser = units::format)]
         format: Option<Format>,
+        /// The file with the passphrase of the image, if it is encrypted; the clone has it too
+        #[arg(long, value_name = "FILE", value_parser = passphrase())]
+        key_file: Option<Passphrase>,
     },
     /// Tell what an image is like
     Info(LookArgs),
@@ -66,6 +70,9 @@ pub(crate) enum DiskCommand {
         image: PathBuf,
         /// The disk to write to, such as /dev/sdb
         device: PathBuf,
+        /// The file with the passphrase of the image, if it is encrypted
+        #[arg(long, value_name = "FILE", value_parser = passphrase())]
+        key_file: Option<Passphrase>,
         /// Do not ask
         #[arg(long)]
         yes: bool,
@@ -86,11 +93,17 @@ pub(crate) enum DiskCommand {
         /// Format of the image; without, its name decides
         #[arg(long, value_name = "FORMAT", value_parser = units::format)]
         format: Option<Format>,
+        /// The file with the passphrase of the image, if it is encrypted
+        #[arg(long, value_name = "FILE", value_parser = passphrase())]
+        key_file: Option<Passphrase>,
     },
     /// Write what a clone has changed to the image that it is a clone of
     Commit {
         /// The clone, which is empty afterwards
         path: PathBuf,
+        /// The file with the passphrase of the images that are encrypted
+        #[arg(long, value_name = "FILE", value_parser = passphrase())]
+        key_file: Option<Passphrase>,
     },
     /// Let an image be based on another, or on none; what is on the disk stays the same
     Rebase {
@@ -105,6 +118,9 @@ pub(crate) enum DiskCommand {
         /// is not the same
         #[arg(long)]
         name_only: bool,
+        /// The file with the passphrase of the images that are encrypted
+        #[arg(long, value_name = "FILE", value_parser = passphrase())]
+        key_file: Option<Passphrase>,
     },
     /// Keep what is on a disk within its image, and go back to it
     #[command(subcommand)]
@@ -144,6 +160,21 @@ pub(super) struct LayoutArgs {
     /// Keep parts of clusters, a 32nd each, by themselves: clones grow less
     #[arg(long)]
     pub(super) extended_l2: bool,
+    /// Encrypt the image with LUKS: the file with its passphrase, all of which counts, also the end
+    /// of its last line
+    #[arg(long, value_name = "FILE", value_parser = passphrase())]
+    pub(super) encrypt: Option<Passphrase>,
+    /// How: aes, serpent or twofish, the bits of the key, xts or cbc, and plain64 or essiv with a hash
+    #[arg(long, requires = "encrypt", default_value_t)]
+    pub(super) cipher: Cipher,
+    /// What makes a key of the passphrase: sha1, sha224, sha256, sha384 or sha512
+    #[arg(long, requires = "encrypt", default_value_t = Hash::Sha256)]
+    pub(super) hash: Hash,
+}
+
+/// Reads a passphrase from the file that is named.
+fn passphrase() -> impl TypedValueParser<Value = Passphrase> {
+    PathBufValueParser::new().try_map(|path| Passphrase::read(&path))
 }
 
 /// How clusters are compressed.
@@ -188,6 +219,9 @@ pub(crate) struct ConvertArgs {
     /// Format of the second [default: what the name ends like: .raw and .img are raw, else qcow2]
     #[arg(long, value_name = "FORMAT", value_parser = units::format)]
     pub(super) to_format: Option<Format>,
+    /// The file with the passphrase of the image to copy, if it is encrypted
+    #[arg(long, value_name = "FILE", value_parser = passphrase())]
+    pub(super) key_file: Option<Passphrase>,
     /// Compress the copy
     #[arg(short, long)]
     pub(super) compress: bool,

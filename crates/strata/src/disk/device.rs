@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use indicatif::HumanBytes;
 use strata_disk::qcow2::{self, Qcow2};
-use strata_disk::{Disk, Format, HostFile, Journal, Raw, copy_on, first_difference, journal_path};
+use strata_disk::{
+    Disk, Format, HostFile, Journal, Key, Raw, copy_on, first_difference, journal_path,
+};
 
 use super::{DiskFault, Result, format_of, progress, with};
 
@@ -60,9 +62,15 @@ fn writable(file: HostFile, format: Format) -> strata_disk::Result<Box<dyn Disk>
 }
 
 /// Writes an image to a disk.
-pub(super) fn restore(image: &Path, device: &Path, yes: bool, verify: bool) -> Result<()> {
+pub(super) fn restore(
+    image: &Path,
+    device: &Path,
+    key: Key,
+    yes: bool,
+    verify: bool,
+) -> Result<()> {
     check_device(device)?;
-    let from = strata_disk::open(image, None, false)?;
+    let from = strata_disk::open_with(image, None, false, key)?;
     // refused by the kernel if something on it is mounted
     let to = strata_disk::open(device, Some(Format::Raw), true)?;
     if to.size() < from.size() {

@@ -12,8 +12,8 @@ use std::sync::Arc;
 pub(crate) use args::DiskCommand;
 use args::{ConvertArgs, CreateArgs, LayoutArgs, Packing, SnapshotCommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use strata_disk::qcow2::{self, Compression};
-use strata_disk::{Disk, Format, HostFile, OpenError, Opened, Qcow2, Raw};
+use strata_disk::qcow2::{self, Compression, Secret};
+use strata_disk::{Disk, Format, HostFile, Key, OpenError, Opened, Passphrase, Qcow2, Raw};
 
 use crate::exit::End;
 use crate::units;
@@ -50,7 +50,12 @@ fn with<T, E: Into<strata_disk::Error>>(path: &Path, result: Result<T, E>) -> Re
 pub(crate) fn run(command: DiskCommand) -> Result<End> {
     match command {
         DiskCommand::Create(args) => create(&args)?,
-        DiskCommand::Clone { from, to, format } => clone(&from, &to, format)?,
+        DiskCommand::Clone {
+            from,
+            to,
+            format,
+            key_file,
+        } => clone(&from, &to, format, key_file.as_ref())?,
         DiskCommand::Info(args) => report::info(&args)?,
         DiskCommand::Check { look, repair } => return report::check(&look, repair),
         DiskCommand::Map(args) => report::map(&args)?,
@@ -63,22 +68,28 @@ pub(crate) fn run(command: DiskCommand) -> Result<End> {
         DiskCommand::Restore {
             image,
             device,
+            key_file,
             yes,
             no_verify,
-        } => device::restore(&image, &device, yes, !no_verify)?,
+        } => device::restore(&image, &device, key_file.as_ref().into(), yes, !no_verify)?,
         DiskCommand::Resize {
             path,
             size,
             shrink,
             format,
-        } => resize(&path, &size, shrink, format)?,
-        DiskCommand::Commit { path } => commit(&path)?,
+            key_file,
+        } => resize(&path, &size, shrink, format, key_file.as_ref().into())?,
+        DiskCommand::Commit { path, key_file } => commit(&path, key_file.as_ref().into())?,
         DiskCommand::Rebase {
             path,
             onto,
             onto_format,
             name_only,
-        } => rebase(&path, onto.as_deref(), onto_format, name_only)?,
+            key_file,
+        } => {
+            let onto = onto.as_deref().map(|onto| (onto, onto_format));
+            rebase(&path, onto, name_only, key_file.as_ref().into())?;
+        }
         DiskCommand::Snapshot(command) => snapshot(command)?,
     }
     Ok(End::Done)
@@ -97,6 +108,15 @@ fn format_of(path: &Path, format: Option<Format>) -> Format {
 }
 
 impl LayoutArgs {
+    /// Refuses to leave what should be secret in the clear.
+    fn check(&self, format: Format) -> Result<()> {
+        if format != Format::Qcow2 && self.encrypt.is_some() {
+            let what = "only qcow2 images can be encrypted; use --format or --to-format qcow2";
+            return Err(DiskFault::Usage(what.to_owned()));
+        }
+        Ok(())
+    }
+
     fn options(&self, size: u64) -> qcow2::Options {
         qcow2::Options {
             cluster_size: self.cluster_size,
@@ -105,6 +125,11 @@ impl LayoutArgs {
                 Packing::Zstd => Compression::Zstd,
             },
             extended_l2: self.extended_l2,
+            secret: self.encrypt.clone().map(|passphrase| Secret {
+                cipher: self.cipher,
+                hash: self.hash,
+                ..Secret::new(passphrase)
+            }),
             ..qcow2::Options::new(size)
         }
     }
@@ -146,6 +171,7 @@ fn create(args: &CreateArgs) -> Result<()> {
         let what = "images of this format are made by strata disk convert, of another image";
         return Err(DiskFault::Usage(what.to_owned()));
     }
+    args.layout.check(format)?;
     if format == Format::Raw {
         if backing.is_some() {
             let what = "a raw image has no room to say what it is based on; use --format qcow2";
@@ -170,7 +196,7 @@ struct Backing {
 /// Looks at the image at `below`, and how the one at `path` is to name it.
 fn backing(path: &Path, below: &Path, format: Option<Format>) -> Result<Backing> {
     let format = strata_disk::open_file(below, format, false)?.format;
-    let size = strata_disk::open(below, Some(format), false)?.size();
+    let size = strata_disk::open_with(below, Some(format), false, Key::NotNeeded)?.size();
     let absolute = |path: &Path| with(path, std::path::absolute(path));
     let folder = absolute(path)?.parent().map(Path::to_path_buf);
     let below = absolute(below)?;
@@ -190,9 +216,18 @@ fn backing(path: &Path, below: &Path, format: Option<Format>) -> Result<Backing>
     }
 }
 
-fn clone(from: &Path, to: &Path, format: Option<Format>) -> Result<()> {
+fn clone(from: &Path, to: &Path, format: Option<Format>, key: Option<&Passphrase>) -> Result<()> {
     let below = backing(to, from, format)?;
+    let opened = strata_disk::open_file(from, Some(below.format), false)?;
+    let is_encrypted = below.format == Format::Qcow2
+        && with(from, qcow2::facts(&opened.file))?.encryption.is_some();
+    drop(opened);
     let mut options = qcow2::Options::new(below.size);
+    if is_encrypted {
+        // what is changed is as secret as what is not
+        strata_disk::open_with(from, Some(below.format), false, key.into())?;
+        options.secret = key.cloned().map(Secret::new);
+    }
     options.backing = Some((below.name, below.format.name().to_owned()));
     make(to, |file| with(to, qcow2::create(&file, &options)))
 }
@@ -221,12 +256,18 @@ fn progress(total: u64, what: &'static str) -> ProgressBar {
 }
 
 fn convert(args: &ConvertArgs) -> Result<()> {
-    let from = strata_disk::open(&args.from, args.from_format, false)?;
+    let key = args.key_file.as_ref().into();
+    let from = strata_disk::open_with(&args.from, args.from_format, false, key)?;
     let bar = progress(from.size(), "copying");
     let tell = |done| bar.set_position(done);
     let format = format_of(&args.to, args.to_format);
     if args.compress && format != Format::Qcow2 {
         let what = "only qcow2 images are compressed at will, and vmdk-stream always";
+        return Err(DiskFault::Usage(what.to_owned()));
+    }
+    args.layout.check(format)?;
+    if args.compress && args.layout.encrypt.is_some() {
+        let what = "what is encrypted cannot be compressed too; leave out one of both";
         return Err(DiskFault::Usage(what.to_owned()));
     }
     make(&args.to, |file| {
@@ -241,7 +282,11 @@ fn convert(args: &ConvertArgs) -> Result<()> {
             return with(to, disk.flush());
         }
         with(to, qcow2::create(&file, &args.layout.options(from.size())))?;
-        let disk = with(to, Qcow2::open(file, None, None, true))?;
+        let mut disk = with(to, Qcow2::open(file, None, None, true))?;
+        with(
+            to,
+            Key::from(args.layout.encrypt.as_ref()).unlock(&mut disk),
+        )?;
         if args.compress {
             with(to, disk.copy_compressed(&*from, &tell))?;
         } else {
@@ -253,12 +298,12 @@ fn convert(args: &ConvertArgs) -> Result<()> {
     Ok(())
 }
 
-fn resize(path: &Path, size: &str, shrink: bool, format: Option<Format>) -> Result<()> {
+fn resize(path: &Path, size: &str, shrink: bool, format: Option<Format>, key: Key) -> Result<()> {
     let usage = |what: String| Err(DiskFault::Usage(what));
     let opened = strata_disk::open_file(path, format, true)?;
     let format = opened.format;
     drop(opened);
-    let old = strata_disk::open(path, Some(format), false)?.size();
+    let old = strata_disk::open_with(path, Some(format), false, key)?.size();
     let parsed = |text: &str| units::size(text).map_err(DiskFault::Usage);
     let new = if let Some(more) = size.strip_prefix('+') {
         old.saturating_add(parsed(more)?)
@@ -280,40 +325,50 @@ fn resize(path: &Path, size: &str, shrink: bool, format: Option<Format>) -> Resu
         let opened = strata_disk::open_file(path, Some(format), true)?;
         return with(path, opened.file.set_size(new));
     }
-    let mut image = with_backing(path, true)?;
+    let mut image = with_backing(path, true, key)?;
     with(path, image.resize(new))
 }
 
 /// Opens a qcow2 image with what it is based on.
-fn with_backing(path: &Path, write: bool) -> Result<Qcow2> {
+fn with_backing(path: &Path, write: bool, key: Key) -> Result<Qcow2> {
     let opened = strata_disk::open_file(path, Some(Format::Qcow2), write)?;
     let backing: Option<Arc<dyn Disk>> = match opened.backing()? {
         None => None,
-        Some((below, format)) => Some(strata_disk::open(&below, format, false)?),
+        Some((below, format)) => Some(strata_disk::open_with(&below, format, false, key)?),
     };
-    with(path, Qcow2::open(opened.file, backing, None, write))
+    let mut image = with(path, Qcow2::open(opened.file, backing, None, write))?;
+    with(path, key.unlock(&mut image))?;
+    Ok(image)
 }
 
-fn commit(path: &Path) -> Result<()> {
+fn commit(path: &Path, key: Key) -> Result<()> {
     let opened = strata_disk::open_file(path, Some(Format::Qcow2), true)?;
     let Some((below, format)) = opened.backing()? else {
         let what = format!("{} is based on no other image", path.display());
         return Err(DiskFault::Usage(what));
     };
-    let to = strata_disk::open(&below, format, true)?;
+    let to = strata_disk::open_with(&below, format, true, key)?;
     // for what this image does not say: it is only read there
     let mut image = with(
         path,
         Qcow2::open(opened.file, Some(Arc::clone(&to)), None, true),
     )?;
+    with(path, key.unlock(&mut image))?;
     let bar = progress(image.size(), "committing");
     with(path, image.commit_to(&*to, &|done| bar.set_position(done)))?;
     bar.finish_and_clear();
     with(path, image.close())
 }
 
-fn rebase(path: &Path, onto: Option<&Path>, format: Option<Format>, name_only: bool) -> Result<()> {
-    let below = onto.map(|onto| backing(path, onto, format)).transpose()?;
+fn rebase(
+    path: &Path,
+    onto: Option<(&Path, Option<Format>)>,
+    name_only: bool,
+    key: Key,
+) -> Result<()> {
+    let below = onto.map(|(onto, format)| backing(path, onto, format));
+    let below = below.transpose()?;
+    let onto = onto.map(|(onto, _)| onto);
     let named = below
         .as_ref()
         .map(|below| (below.name.as_str(), below.format.name()));
@@ -321,9 +376,12 @@ fn rebase(path: &Path, onto: Option<&Path>, format: Option<Format>, name_only: b
         let mut image = qcow2_alone(path, None, true)?;
         return with(path, image.set_backing(named));
     }
-    let mut image = with_backing(path, true)?;
+    let mut image = with_backing(path, true, key)?;
     let disk = match (onto, &below) {
-        (Some(onto), Some(below)) => Some(strata_disk::open(onto, Some(below.format), false)?),
+        (Some(onto), Some(below)) => {
+            let format = Some(below.format);
+            Some(strata_disk::open_with(onto, format, false, key)?)
+        }
         _ => None,
     };
     let onto = disk

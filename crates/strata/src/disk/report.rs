@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 use strata_disk::qcow2::{self, Compression, Repair, Report};
-use strata_disk::{ExtentKind, Format};
+use strata_disk::{ExtentKind, Format, Key};
 
 use super::args::{LookArgs, Mend};
 use super::{Result, qcow2_alone, with};
@@ -63,6 +63,7 @@ pub(super) fn info(args: &LookArgs) -> Result<()> {
                 "dirty": facts.dirty,
                 "corrupt": facts.corrupt,
                 "snapshots": facts.snapshots,
+                "encryption": facts.encryption,
             })),
         }));
         return Ok(());
@@ -94,6 +95,9 @@ pub(super) fn info(args: &LookArgs) -> Result<()> {
         words.extend(flags.iter().filter(|f| f.0).map(|f| f.1.to_owned()));
         lines.push(format!("qcow2      {}", words.join(", ")));
         lines.push(format!("snapshots  {}", facts.snapshots));
+        if let Some(encryption) = facts.encryption {
+            lines.push(format!("encrypted  {encryption}"));
+        }
     }
     print(&(lines.join("\n") + "\n"));
     Ok(())
@@ -154,7 +158,7 @@ fn tell_check(args: &LookArgs, report: &Report) {
 }
 
 pub(super) fn map(args: &LookArgs) -> Result<()> {
-    let disk = strata_disk::open(&args.path, args.format, false)?;
+    let disk = strata_disk::open_with(&args.path, args.format, false, Key::NotNeeded)?;
     let mut at = 0;
     let mut entries = Vec::new();
     while at < disk.size() {

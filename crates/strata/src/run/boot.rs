@@ -147,10 +147,7 @@ impl Wanted<'_> {
         let raw = |path| DiskConfig::image(path, Some(Format::Raw), false);
         // All layers are one disk, a partition each: disks are few, and images have up to 127.
         let parts = image.layers.iter().enumerate().map(|(number, layer)| {
-            let image = DiskImage {
-                path: layer.path.clone(),
-                format: Some(Format::Raw),
-            };
+            let image = DiskImage::new(layer.path.clone(), Some(Format::Raw));
             (format!("layer-{number}"), image)
         });
         let disk = add(DiskConfig {
@@ -249,7 +246,14 @@ fn disk_name(number: usize) -> String {
 fn disks(args: &RunArgs) -> Vec<DiskConfig> {
     args.disks
         .iter()
-        .map(|disk| DiskConfig::image(&disk.path, disk.format, disk.read_only))
+        .map(|disk| DiskConfig {
+            content: DiskContent::Image(DiskImage {
+                path: disk.path.clone(),
+                format: disk.format,
+                passphrase: disk.passphrase.clone(),
+            }),
+            read_only: disk.read_only,
+        })
         .collect()
 }
 

@@ -172,6 +172,40 @@ const APPENDS: &str = "mount -t ext4 /dev/vda /mnt
     done";
 
 #[test]
+fn an_encrypted_disk_is_written_by_a_guest_and_secret_on_the_host() {
+    let folder = Folder::new();
+    fs::write(folder.path("key"), "a long passphrase").unwrap();
+    fs::write(folder.path("other"), "a wrong passphrase").unwrap();
+    let encrypted = ["convert", "base.qcow2", "secret.qcow2", "--encrypt", "key"];
+    folder.disk(&encrypted).expect(0);
+    let told = folder.disk(&["info", "secret.qcow2"]).expect(0).text();
+    assert!(told.contains("LUKS, aes-256-xts-plain64, sha256"), "{told}");
+
+    let disk = |key: &str| {
+        let [image, key] = ["secret.qcow2", key].map(|name| folder.path(name));
+        format!("{},key-file={}", image.display(), key.display())
+    };
+    let script = "mount -t ext4 /dev/vda /mnt; echo hidden-words >/mnt/file; umount /mnt";
+    guest_with(&["--disk", &disk("key")], &["sh", "-ec", script], b"").expect(0);
+    let bytes = fs::read(folder.path("secret.qcow2")).unwrap();
+    assert!(!bytes.windows(12).any(|part| part == b"hidden-words"));
+
+    let refused = guest_with(&["--disk", &disk("other")], &["true"], b"");
+    assert!(refused.stderr.contains("passphrase"), "{}", refused.stderr);
+    let refused = folder.disk(&["convert", "secret.qcow2", "plain.qcow2"]);
+    assert!(refused.stderr.contains("--key-file"), "{}", refused.stderr);
+    let plain = [
+        "convert",
+        "secret.qcow2",
+        "plain.qcow2",
+        "--key-file",
+        "key",
+    ];
+    folder.disk(&plain).expect(0);
+    assert_eq!(folder.read_back("plain.qcow2", "file"), "hidden-words\n");
+}
+
+#[test]
 fn what_a_guest_was_told_is_durable_survives_the_kill_of_its_machine() {
     let kills = std::env::var("STRATA_TEST_KILLS").map_or(KILLS, |n| n.parse().unwrap());
     let folder = Folder::new();

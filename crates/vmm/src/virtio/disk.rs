@@ -39,13 +39,15 @@ impl Disk {
 
     fn of_image(image: &DiskImage, read_only: bool) -> Result<Self, OpenError> {
         let name = image.path.display().to_string();
-        let image = strata_disk::open(&image.path, image.format, !read_only)?;
+        let key = image.passphrase.as_ref().into();
+        let image = strata_disk::open_with(&image.path, image.format, !read_only, key)?;
         Ok(Self::new(image, read_only, name))
     }
 
     fn of_partitions(images: &[(String, DiskImage)]) -> Result<Self, OpenError> {
         let open = |(name, image): &(String, DiskImage)| {
-            let disk = strata_disk::open(&image.path, image.format, false)?;
+            let key = image.passphrase.as_ref().into();
+            let disk = strata_disk::open_with(&image.path, image.format, false, key)?;
             Ok((name.clone(), disk))
         };
         let disks = images.iter().map(open).collect::<Result<_, OpenError>>()?;

@@ -242,10 +242,10 @@ fn a_file_that_has_shrunk_gives_io_errors() {
 #[test]
 fn images_are_the_partitions_of_one_disk_and_are_only_read() {
     let images = [image(0x1000), image(0x2000)];
-    let named = images.iter().zip(["a", "b"]).map(|(image, name)| {
-        let path = image.path().to_path_buf();
-        (name.to_owned(), DiskImage { path, format: None })
-    });
+    let named = images
+        .iter()
+        .zip(["a", "b"])
+        .map(|(image, name)| (name.to_owned(), DiskImage::new(image.path(), None)));
     let disk = Disk::open(&DiskConfig {
         content: DiskContent::Partitions(named.collect()),
         read_only: false,

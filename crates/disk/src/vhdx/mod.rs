@@ -1,5 +1,7 @@
 //! VHDX images, dynamic and fixed: Microsoft's [MS-VHDX]. Read where they are, and written as a
-//! whole. One whose log has changes in it is refused.
+//! whole. If the log has changes in it, they are read from there.
+
+mod log;
 
 use crc::{CRC_32_ISCSI, Crc};
 
@@ -73,8 +75,14 @@ pub(crate) fn is_vhdx(first: &[u8]) -> bool {
 }
 
 /// Opens an image to be read.
-pub(crate) fn open(file: HostFile) -> Result<BlockImage> {
-    check_headers(&file)?;
+pub(crate) fn open(mut file: HostFile) -> Result<BlockImage> {
+    let header = newest_header(&file)?;
+    let log = &header[48..64];
+    if log.iter().any(|byte| *byte != 0) {
+        let (length, at) = (number(&header, 68, 4), number(&header, 72, 8));
+        let changes = log::replay(&file, log, at, length)?;
+        file.show(changes);
+    }
     let regions = region_table(&file)?;
     let find = |what: u128| {
         let entries = regions[FIRST_REGION..].chunks_exact(REGION_ENTRY);
@@ -108,27 +116,23 @@ pub(crate) fn open(file: HostFile) -> Result<BlockImage> {
     Ok(BlockImage::new(file, size, block, blocks))
 }
 
-/// Looks at the header that was written last.
-fn check_headers(file: &HostFile) -> Result<()> {
-    let mut newest: Option<(u64, bool)> = None;
+/// The header that was written last.
+fn newest_header(file: &HostFile) -> Result<Vec<u8>> {
+    let mut newest: Option<Vec<u8>> = None;
     for at in HEADERS {
         let mut header = vec![0; HEADER];
         file.read_bytes(at, &mut header)?;
         if header.starts_with(b"head") && is_whole(&header) {
-            let sequence = number(&header, 8, 8);
-            let has_log = header[48..64].iter().any(|byte| *byte != 0);
-            if newest.is_none_or(|(last, _)| last < sequence) {
-                newest = Some((sequence, has_log));
+            let sequence = |header: &[u8]| number(header, 8, 8);
+            if newest
+                .as_ref()
+                .is_none_or(|last| sequence(last) < sequence(&header))
+            {
+                newest = Some(header);
             }
         }
     }
-    match newest {
-        None => Err(damaged("there is no whole header of a VHDX image")),
-        Some((_, false)) => Ok(()),
-        Some((_, true)) => Err(Error::Unsupported(
-            "a log of changes, since it was not closed; open it once with what wrote it".to_owned(),
-        )),
-    }
+    newest.ok_or_else(|| damaged("there is no whole header of a VHDX image"))
 }
 
 fn region_table(file: &HostFile) -> Result<Vec<u8>> {
