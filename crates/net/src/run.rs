@@ -10,7 +10,6 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
-use crate::config::Addresses;
 use crate::nat::Source;
 use crate::port::Port;
 use crate::protocol::{Answer, MAX_MESSAGE, widen};
@@ -37,8 +36,8 @@ impl Switch {
             Source::Port.data(number.into()),
             EventFlags::IN,
         )?;
-        self.ports
-            .insert(number, Port::new(socket, Addresses::of(number)));
+        let addresses = self.config.subnet.guest(number);
+        self.ports.insert(number, Port::new(socket, addresses));
         Ok(())
     }
 
@@ -91,6 +90,7 @@ impl Switch {
                 self.tick_connections();
                 self.tick_exchanges();
                 self.tick_forwards(&mut buffer);
+                self.tick_services();
             }
             self.read_on(&mut buffer);
             self.pump();
@@ -137,6 +137,7 @@ impl Switch {
             Source::Connection => self.connection_ready(number, flags),
             Source::Exchange => self.exchange_ready(number, buffer),
             Source::Forward => self.forward_ready(number, buffer),
+            Source::Service => self.service_ready(number, buffer),
         }
     }
 
@@ -174,7 +175,7 @@ impl Switch {
     fn greet(&mut self, number: u8, message: &[u8]) {
         let admitted = self.admit(number, message);
         let answer = match &admitted {
-            Ok(addresses) => Answer::welcome(addresses),
+            Ok(addresses) => Answer::welcome(addresses, self.config.subnet.gateway()),
             Err(why) => Answer::Refused(why.clone()),
         };
         if let (Some(port), Ok(text)) = (self.ports.get(&number), serde_json::to_vec(&answer)) {

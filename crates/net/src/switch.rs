@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use rustix::event::epoll;
 
+use crate::bridge::Services;
 use crate::config::{
     Addresses, Config, FIRST_GUEST, GATEWAY_MAC, LAST_GUEST, is_gateway, is_inside,
 };
@@ -36,6 +37,8 @@ pub struct Switch {
     /// Who uses which IPv6 address.
     owners: HashMap<Ipv6Addr, u8>,
     pub(crate) door: Option<Door>,
+    /// What it is to the guests of a bridge, whose frames it does not see.
+    pub(crate) services: Option<Services>,
     pub(crate) now: Instant,
 }
 
@@ -66,6 +69,7 @@ impl Switch {
             nat: Nat::default(),
             owners: HashMap::new(),
             door: None,
+            services: None,
             now: Instant::now(),
         })
     }
@@ -264,6 +268,9 @@ impl Switch {
 
     /// Sends a frame of the gateway's to a guest.
     pub(crate) fn reply(&mut self, number: u8, frame: Option<Vec<u8>>) {
+        if self.services.is_some() {
+            return;
+        }
         if let (Some(frame), Some(port)) = (frame, self.ports.get_mut(&number)) {
             port.deliver(Header::default(), &frame);
         }

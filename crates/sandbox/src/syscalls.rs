@@ -224,6 +224,8 @@ fn allowed_to_machine() -> Result<Rules, BackendError> {
         libc::TCGETS2,
         libc::TCSETS2,
         libc::TIOCGWINSZ,
+        // What a tap device leaves to the guest.
+        libc::TUNSETOFFLOAD,
     ];
     rules.insert(
         libc::SYS_ioctl,

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod appliance;
+mod bridge;
 mod cli;
 mod command;
 mod console;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
             Ok(()) => End::Done,
             Err(_) => End::NotStarted,
         },
+        Command::NetworkWarden(args) => bridge::warden(&args),
         Command::NetworkSwitch(args) => network::switch(&args),
         Command::SandboxProbe => sandbox::answer_probe(),
         Command::Image(args) => image::image(&args),

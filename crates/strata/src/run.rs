@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use strata_disk::Format;
 use strata_image::oci::{self, Lease, Store};
 use strata_image::{Container, GREETING, Network, Session, Start};
-use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
+use strata_net::{DOMAIN, Joined, SUBNET_BITS};
 use strata_sandbox::Role;
 use strata_vmm::{
     Accel, BootModule, ConsolePort, DiskConfig, InitrdPart, Machine, MachineConfig, Outcome,
@@ -330,7 +330,7 @@ impl Boot {
             network: joined.map(|joined| Network {
                 address: joined.addresses.ipv4,
                 bits: SUBNET_BITS,
-                gateway: GATEWAY,
+                gateway: joined.gateway,
                 domain: DOMAIN,
             }),
         };

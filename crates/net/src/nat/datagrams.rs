@@ -102,7 +102,7 @@ impl Switch {
                     Ok(id) => id,
                     Err(error) => return self.refuse(number, packet, meaning(error)),
                 },
-                Route::Resolver => match self.ask(key, datagram) {
+                Route::Resolver => match self.ask(key, datagram.payload) {
                     Some(id) => id,
                     None => return,
                 },
@@ -117,8 +117,8 @@ impl Switch {
     }
 
     /// A question for a name: answered here if it is for a guest's, else to be sent on.
-    fn ask(&mut self, key: Key, datagram: &Datagram<'_>) -> Option<u64> {
-        if let Some(question) = Question::parse(datagram.payload) {
+    fn ask(&mut self, key: Key, message: &[u8]) -> Option<u64> {
+        if let Some(question) = Question::parse(message) {
             let guest = question.guest().and_then(|name| self.find(name));
             let answer = match guest {
                 Some(guest) => Some(question.answer(guest.ipv4, guest.ipv6)),
@@ -137,7 +137,26 @@ impl Switch {
         self.exchange(key, server, Kind::Question).ok()
     }
 
+    /// A question for a name that came to the name server of a bridge.
+    pub(crate) fn take_question(&mut self, number: u8, ends: [SocketAddr; 2], message: &[u8]) {
+        let [guest, remote] = ends;
+        let key = Key {
+            port: number,
+            protocol: protocol::UDP,
+            guest,
+            remote,
+        };
+        let known = self.nat.keys.get(&key).copied();
+        if let Some(id) = known.or_else(|| self.ask(key, message)) {
+            // Whoever hears nothing asks again.
+            let _ = self.send_datagram(id, message);
+        }
+    }
+
     pub(super) fn send_to_guest(&mut self, key: &Key, payload: &[u8]) {
+        if let Some(services) = &self.services {
+            return services.answer(key.guest, payload);
+        }
         let Some(guest) = self.ports.get(&key.port).map(|port| port.addresses) else {
             return;
         };

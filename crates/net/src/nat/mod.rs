@@ -22,6 +22,7 @@ use crate::tcp::Flow;
 use crate::wire::{self, Datagram, Packet, Unreachable, protocol};
 use datagrams::Exchange;
 use forwards::Forwarding;
+pub use forwards::listen_on;
 
 /// Connections that a guest may have through the NAT.
 const MAX_CONNECTIONS: usize = 4096;
@@ -72,17 +73,19 @@ pub(crate) enum Source {
     Connection,
     Exchange,
     Forward,
+    Service,
 }
 
 const KIND_SHIFT: u32 = 56;
 
 impl Source {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Door,
         Self::Port,
         Self::Connection,
         Self::Exchange,
         Self::Forward,
+        Self::Service,
     ];
 
     pub(crate) fn data(self, number: u64) -> EventData {

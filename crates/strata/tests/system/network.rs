@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
@@ -15,8 +15,8 @@ const CONNECTIONS: u32 = 200;
 const CLIENTS: u32 = 8;
 
 /// A guest that runs a line of shell, and then waits for its input to end.
-struct Server {
-    child: Child,
+pub(crate) struct Server {
+    pub(crate) child: Child,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
     _slot: Slot,
@@ -24,9 +24,14 @@ struct Server {
 
 impl Server {
     fn start(options: &[&str], line: &str) -> Self {
+        Self::begin(run(options), line)
+    }
+
+    /// The same by a `strata run` of the caller's.
+    pub(crate) fn begin(mut run: Command, line: &str) -> Self {
         let slot = Slot::take();
         let script = format!("{line}; echo ready; cat");
-        let mut child = run(options)
+        let mut child = run
             .args(["--", "sh", "-c", &script])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -52,7 +57,7 @@ impl Server {
     }
 
     /// Ends the guest; gives what it still said.
-    fn end(mut self) -> String {
+    pub(crate) fn end(mut self) -> String {
         self.input = None;
         let mut rest = String::new();
         self.output.read_to_string(&mut rest).unwrap();

@@ -20,6 +20,7 @@ mod net;
 mod pipe;
 mod root;
 mod sys;
+mod tap;
 
 use std::io;
 use std::sync::Arc;
@@ -39,6 +40,7 @@ pub use root::PciRoot;
 use root::{Endpoint, Shared};
 pub use strata_disk::OpenError;
 use strata_net::Joined;
+pub use tap::open_tap;
 
 pub use crate::config::ConsolePort as Port;
 
@@ -152,9 +154,14 @@ impl Devices {
 
     /// Adds a network card at the place that `joined` is.
     pub fn add_net(&mut self, joined: Joined) -> Result<(), Error> {
-        let Joined { socket, addresses } = joined;
+        let Joined {
+            socket,
+            tap,
+            addresses,
+            ..
+        } = joined;
         let memory = self.connect.memory.ram().clone();
-        let cable = Arc::new(Cable::new(socket, memory));
+        let cable = Arc::new(Cable::new(socket, tap, memory));
         let config = NetConfig {
             mac: addresses.mac.0,
             mtu: strata_net::MTU,
