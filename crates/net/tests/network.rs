@@ -166,6 +166,39 @@ fn datagrams_go_to_the_host_and_back() {
 }
 
 #[test]
+fn whoever_a_guest_sends_to_sees_the_same_port_and_only_they_answer() {
+    let servers = [(); 3].map(|()| UdpSocket::bind((LOCALHOST, 0)).unwrap());
+    let ports = servers
+        .each_ref()
+        .map(|server| server.local_addr().unwrap().port());
+    let [mut one, mut two] = two_guests(open());
+    let (socket, other) = (one.udp(4000), one.udp(4001));
+    let mut buffer = [0; 64];
+    let mut seen = |guest: &mut Guest, socket, server: usize| {
+        guest.say(socket, gateway(ports[server]), b"here");
+        guest.until(|_| {
+            servers[server].set_nonblocking(true).unwrap();
+            let (_, from) = servers[server].recv_from(&mut buffer).ok()?;
+            Some(from)
+        })
+    };
+
+    let mapped = seen(&mut one, socket, 0);
+    assert_eq!(seen(&mut one, socket, 1), mapped);
+    assert_ne!(seen(&mut one, other, 1), mapped);
+    let twos = two.udp(4000);
+    assert_ne!(seen(&mut two, twos, 0), mapped);
+
+    // Who was not asked is not heard; who was is, each under its own address.
+    servers[2].send_to(b"unasked", mapped).unwrap();
+    for server in [1, 0] {
+        servers[server].send_to(b"answer", mapped).unwrap();
+        let heard = one.hear(socket);
+        assert_eq!(heard, (gateway(ports[server]), b"answer".to_vec()));
+    }
+}
+
+#[test]
 fn datagrams_reach_a_guest_through_a_forward_and_are_answered() {
     let free = UdpSocket::bind((LOCALHOST, 0)).unwrap();
     let host = free.local_addr().unwrap();

@@ -1,14 +1,17 @@
 //! UDP and ICMP echo through the NAT. An exchange is a pair of ends; each has a socket of its own
 //! that is connected, so nobody but the one who was asked can answer (RFC 4787's address and
-//! port-dependent filtering). Exchanges through a port forward share the forward's socket.
+//! port-dependent filtering). Exchanges through a port forward share the forward's socket. What
+//! else a guest sends from one port comes from one port of the host's: see `mapping`.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketType, connect, ipproto, recv, send, sendto};
 
+use super::mapping::Mapping;
 use super::{Key, MAX_EXCHANGES, Source, meaning, new_socket};
 use crate::dns::Question;
 use crate::gateway::{self, Echo};
@@ -29,6 +32,8 @@ pub(super) struct Exchange {
     kind: Kind,
     last_use: Instant,
     answered: bool,
+    /// The host's port, for as long as an exchange uses it.
+    mapping: Option<Arc<Mapping>>,
 }
 
 #[derive(Debug)]
@@ -48,6 +53,7 @@ impl Exchange {
             kind,
             last_use: now,
             answered: false,
+            mapping: None,
         }
     }
 
@@ -79,6 +85,11 @@ impl Exchange {
         };
         now.duration_since(self.last_use) > idle
     }
+}
+
+/// Drops what came to a socket of a shared port before it was connected, from anybody.
+fn drop_unasked(socket: &OwnedFd) {
+    while recv(socket, &mut [0_u8; 1][..], RecvFlags::DONTWAIT).is_ok() {}
 }
 
 impl Switch {
@@ -170,7 +181,7 @@ impl Switch {
         &mut self,
         key: Key,
         target: SocketAddr,
-        kind: impl FnOnce(OwnedFd) -> Kind,
+        kind: fn(OwnedFd) -> Kind,
     ) -> Result<u64, Errno> {
         let protocol = match (key.protocol, target) {
             (protocol::UDP, _) => None,
@@ -180,13 +191,24 @@ impl Switch {
         if !self.has_room(key.port) {
             return Err(Errno::NOBUFS);
         }
-        let socket = new_socket(target, SocketType::DGRAM, protocol)?;
-        connect(&socket, &target)?;
+        let mut exchange = Exchange::new(
+            key,
+            kind(new_socket(target, SocketType::DGRAM, protocol)?),
+            self.now,
+        );
+        exchange.mapping = match &exchange.kind {
+            Kind::Udp(socket) => Some(self.nat.mappings.share(socket, &key)?),
+            _ => None,
+        };
         let id = self.nat.next();
-        if !self.watch(&socket, Source::Exchange, id) {
-            return Err(Errno::NOBUFS);
+        if let Some(socket) = exchange.socket() {
+            connect(socket, &target)?;
+            drop_unasked(socket);
+            if !self.watch(socket, Source::Exchange, id) {
+                return Err(Errno::NOBUFS);
+            }
         }
-        self.keep_exchange(id, Exchange::new(key, kind(socket), self.now));
+        self.keep_exchange(id, exchange);
         Ok(id)
     }
 

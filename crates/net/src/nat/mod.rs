@@ -4,6 +4,7 @@
 
 mod datagrams;
 mod forwards;
+mod mapping;
 mod streams;
 
 use std::collections::HashMap;
@@ -23,6 +24,7 @@ use crate::wire::{self, Datagram, Packet, Unreachable, protocol};
 use datagrams::Exchange;
 use forwards::Forwarding;
 pub use forwards::listen_on;
+use mapping::Mappings;
 
 /// Connections that a guest may have through the NAT.
 const MAX_CONNECTIONS: usize = 4096;
@@ -53,6 +55,7 @@ pub(crate) struct Nat {
     exchanges: HashMap<u64, Exchange>,
     keys: HashMap<Key, u64>,
     forwards: HashMap<u64, Forwarding>,
+    mappings: Mappings,
     /// Connections that something has happened to, to be pumped.
     stirred: Vec<u64>,
     /// Exchanges that have more to be read than was taken at once.
