@@ -26,6 +26,7 @@
 mod bridge;
 mod config;
 mod dns;
+mod fragments;
 mod gateway;
 mod nat;
 mod offload;

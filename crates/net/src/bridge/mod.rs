@@ -150,15 +150,14 @@ fn make(device: &str, subnet: Subnet) -> Result<(), BridgeError> {
         let v6 = [subnet.gateway_v6(), GATEWAY_LINK];
         addresses.extend(v6.map(|address| format!("{address}/64 nodad")));
     }
-    let addresses: String = addresses
-        .iter()
-        .map(|address| format!("address add dev {device} {address}\n"))
-        .collect();
-    host::ip(&format!(
-        "link add {device} address {GATEWAY_MAC} type bridge\n\
-         link set {device} addrgenmode none\n\
-         {addresses}link set {device} up\n"
-    ))
+    let mut commands = vec![
+        format!("link add {device} address {GATEWAY_MAC} type bridge"),
+        format!("link set {device} addrgenmode none"),
+    ];
+    let add = |address| format!("address add dev {device} {address}");
+    commands.extend(addresses.into_iter().map(add));
+    commands.push(format!("link set {device} up\n"));
+    host::ip(&commands.join("\n"))
 }
 
 /// Removes tables whose device is gone, and bridges that no tap is left of.

@@ -187,6 +187,18 @@ fn datagrams_go_to_the_host_and_back() {
 }
 
 #[test]
+fn packets_in_fragments_are_answered() {
+    let script = "ping -c 1 -s 4000 10.0.2.1 >/dev/null && echo four
+         for i in $(seq 50); do
+             ip -6 address show dev eth0 scope global | grep -v tentative | grep -q fd53: && break
+             usleep 100000
+         done
+         ping6 -c 1 -s 9000 fd53:7472:6174:6100::1 >/dev/null && echo six";
+    let ended = guest_with(&["--network", "user"], &["sh", "-c", script], b"").expect(0);
+    assert_eq!(ended.text(), "four\nsix\n");
+}
+
+#[test]
 fn machines_on_one_network_find_each_other_by_name() {
     let directory = tempfile::tempdir().unwrap();
     let on = |name: &'static str| {
