@@ -67,7 +67,8 @@ impl<'a> Fragment<'a> {
         let header = usize::from(bytes.first()? & 0xf) * 4;
         let total = usize::from(u16_at(bytes, 2)?);
         let place = u16_at(bytes, 6)?;
-        if header < IPV4_HEADER || place & 0x3fff == 0 {
+        let (offset, more) = (usize::from(place & 0x1fff) * 8, place & 0x2000 != 0);
+        if header < IPV4_HEADER || (offset == 0 && !more) {
             return None;
         }
         let key = Key {
@@ -76,8 +77,7 @@ impl<'a> Fragment<'a> {
             protocol: *bytes.get(9)?,
             identification: u16_at(bytes, 4)?.into(),
         };
-        let place = (usize::from(place & 0x1fff) * 8, place & 0x2000 != 0);
-        Some((key, place, bytes.get(header..total)?))
+        Some((key, (offset, more), bytes.get(header..total)?))
     }
 
     fn split_v6(bytes: &'a [u8]) -> Option<(Key, (usize, bool), &'a [u8])> {

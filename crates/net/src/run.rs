@@ -63,6 +63,31 @@ impl Switch {
         Ok(())
     }
 
+    /// Takes new lists of the host's name servers from `socket`, each a message, in JSON.
+    pub fn hear_resolvers(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let data = Source::Resolvers.data(0);
+        epoll::add(&self.poll, &socket, data, EventFlags::IN)?;
+        self.resolvers = Some(socket);
+        Ok(())
+    }
+
+    fn take_resolvers(&mut self, buffer: &mut [u8]) {
+        let Some(socket) = &self.resolvers else {
+            return;
+        };
+        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT) {
+            // Whoever told of them has gone.
+            Ok((_, 0)) => self.resolvers = None,
+            Ok((_, length)) => {
+                if let Ok(servers) = serde_json::from_slice(&buffer[..length]) {
+                    self.config.resolvers = servers;
+                }
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => self.resolvers = None,
+        }
+    }
+
     /// Serves the network until its last machine has gone.
     pub fn run(&mut self) -> io::Result<()> {
         let mut buffer = vec![0; MAX_MESSAGE];
@@ -91,6 +116,7 @@ impl Switch {
                 self.tick_exchanges();
                 self.tick_forwards(&mut buffer);
                 self.tick_services();
+                self.tick_talks();
             }
             self.read_on(&mut buffer);
             self.pump();
@@ -138,6 +164,8 @@ impl Switch {
             Source::Exchange => self.exchange_ready(number, buffer),
             Source::Forward => self.forward_ready(number, buffer),
             Source::Service => self.service_ready(number, buffer),
+            Source::Resolvers => self.take_resolvers(buffer),
+            Source::Talk => self.talk_ready(number),
         }
     }
 

@@ -40,6 +40,8 @@ pub struct Switch {
     pub(crate) door: Option<Door>,
     /// What it is to the guests of a bridge, whose frames it does not see.
     pub(crate) services: Option<Services>,
+    /// Who tells of changes of the host's name servers.
+    pub(crate) resolvers: Option<OwnedFd>,
     pub(crate) now: Instant,
 }
 
@@ -71,6 +73,7 @@ impl Switch {
             owners: HashMap::new(),
             door: None,
             services: None,
+            resolvers: None,
             now: Instant::now(),
         })
     }

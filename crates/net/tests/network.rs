@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -117,6 +118,58 @@ fn other_names_are_asked_of_the_hosts_name_server() {
         one.ask(asking, gateway(53), &query("example.org")),
         b"the answer"
     );
+    thread.join().unwrap();
+}
+
+/// A message behind its length.
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(message.len()).unwrap();
+    [&length.to_be_bytes(), message].concat()
+}
+
+#[test]
+fn names_are_answered_over_tcp_here_and_by_the_hosts_server() {
+    let server = std::net::TcpListener::bind((LOCALHOST, 0)).unwrap();
+    let config = Config {
+        resolvers: vec![server.local_addr().unwrap()],
+        ..Config::default()
+    };
+    let [mut one, two] = two_guests(config);
+    // More than a datagram has room for, in pieces.
+    let long = common::pattern(20_000);
+    let answer = framed(&long);
+    let thread = thread::spawn(move || {
+        let (mut stream, _) = server.accept().unwrap();
+        let mut asked = vec![0; framed(&query("example.org")).len()];
+        stream.read_exact(&mut asked).unwrap();
+        assert_eq!(asked, framed(&query("example.org")));
+        for piece in answer.chunks(999) {
+            stream.write_all(piece).unwrap();
+        }
+    });
+    let stream = one.connect(gateway(53), 5000);
+    assert!(one.is_open(stream));
+    let questions = [
+        framed(&query("two.internal")),
+        framed(&query("example.org")),
+    ]
+    .concat();
+    // A length may come without what it is of.
+    for piece in [&questions[..1], &questions[1..9], &questions[9..]] {
+        one.stream(stream).send_slice(piece).unwrap();
+        one.until(|guest| (guest.stream(stream).send_queue() == 0).then_some(()));
+    }
+    let mut heard = Vec::new();
+    let size = |heard: &[u8]| 2 + usize::from(u16::from_be_bytes([heard[0], heard[1]]));
+    one.until(|guest| {
+        let mut buffer = [0; 4096];
+        let length = guest.stream(stream).recv_slice(&mut buffer).unwrap();
+        heard.extend(&buffer[..length]);
+        (heard.len() > 2 && heard.len() >= size(&heard) + long.len() + 2).then_some(())
+    });
+    let (own, others) = heard.split_at(size(&heard));
+    assert!(own.ends_with(&two.addresses.ipv4.octets()));
+    assert_eq!(others, framed(&long));
     thread.join().unwrap();
 }
 

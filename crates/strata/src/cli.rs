@@ -54,6 +54,9 @@ pub(crate) enum Command {
     /// Serve a network until its last machine has gone
     #[command(name = crate::network::SUBCOMMAND, hide = true)]
     NetworkSwitch(SwitchArgs),
+    /// Tell a network's switch of changes of the host's name servers
+    #[command(name = crate::resolvers::SUBCOMMAND, hide = true)]
+    NetworkResolvers,
     /// Enter the sandbox and say what became of each of its layers
     #[command(name = crate::sandbox::SUBCOMMAND, hide = true)]
     SandboxProbe,

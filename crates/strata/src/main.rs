@@ -17,6 +17,7 @@ mod manual;
 mod network;
 mod progress;
 mod report;
+mod resolvers;
 mod run;
 mod sandbox;
 mod stats;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
             Err(_) => End::NotStarted,
         },
         Command::NetworkWarden(args) => bridge::warden(&args),
+        Command::NetworkResolvers => resolvers::watch(),
         Command::NetworkSwitch(args) => network::switch(&args),
         Command::SandboxProbe => sandbox::answer_probe(),
         Command::Image(args) => image::image(&args),

@@ -29,13 +29,12 @@ use crate::bridge;
 use crate::cli::{RunArgs, Sandbox, SwitchArgs};
 use crate::exit::End;
 use crate::report;
+use crate::resolvers;
 use crate::sandbox;
 use crate::units::{Network, Wire};
 
 /// Name of the hidden subcommand.
 pub(crate) const SUBCOMMAND: &str = "network-switch";
-/// The host's list of name servers.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Machines that may be about to come in.
 const BACKLOG: i32 = 64;
 
@@ -250,14 +249,19 @@ pub(crate) fn switch(args: &SwitchArgs) -> End {
 }
 
 fn serve(args: &SwitchArgs) -> Result<(), Box<dyn std::error::Error>> {
-    let text = fs::read_to_string(RESOLV_CONF).unwrap_or_default();
     let mut switch = Switch::new(Config {
         host: args.host,
         isolated: args.isolated,
-        resolvers: Config::resolvers_of(&text),
+        resolvers: resolvers::read(),
         ..Config::default()
     })?;
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    if !args.isolated {
+        match resolvers::start() {
+            Ok(socket) => switch.hear_resolvers(socket)?,
+            Err(error) => tracing::warn!(%error, "changes of the name servers go unnoticed"),
+        }
+    }
     if let Some(bridge) = &args.bridge {
         switch.serve_bridge(bridge)?;
     }

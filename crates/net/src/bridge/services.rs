@@ -7,11 +7,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventFlags};
-use rustix::net::{RecvFlags, SendFlags, recvfrom, sendto};
+use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, getpeername, recvfrom, sendto};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::host;
-use crate::config::Subnet;
+use crate::config::{Addresses, Subnet};
 use crate::gateway;
 use crate::nat::Source;
 use crate::policy::DNS_PORT;
@@ -19,6 +19,8 @@ use crate::switch::Switch;
 
 /// How often the router is told of without being asked for (RFC 4861 §6.2.1).
 const ADVERTISED_EVERY: Duration = Duration::from_mins(3);
+/// Connections that may wait to be taken.
+const BACKLOG: i32 = 64;
 /// Messages taken from a socket before others have their turn.
 const BATCH: usize = 64;
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
@@ -30,8 +32,11 @@ pub(crate) struct Services {
     subnet: Subnet,
     dhcp: OwnedFd,
     names: OwnedFd,
+    /// The same, for connections.
+    names_tcp: OwnedFd,
     /// Where the host has IPv6: names, and what routers say.
     names_v6: Option<OwnedFd>,
+    names_tcp_v6: Option<OwnedFd>,
     routers: Option<OwnedFd>,
     /// The host is a router for IPv6.
     routes_v6: bool,
@@ -44,20 +49,25 @@ enum Service {
     Dhcp,
     Names,
     NamesV6,
+    NamesTcp,
+    NamesTcpV6,
     Routers,
 }
 
 impl Service {
-    const ALL: [Self; 4] = [Self::Dhcp, Self::Names, Self::NamesV6, Self::Routers];
+    const ALL: [Self; 6] = [
+        Self::Dhcp,
+        Self::Names,
+        Self::NamesV6,
+        Self::NamesTcp,
+        Self::NamesTcpV6,
+        Self::Routers,
+    ];
 }
 
 /// A socket that hears what comes over `device`, and nothing else.
-fn udp(device: &str, address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
+fn bound(device: &str, address: SocketAddr, kind: Type) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, None)?;
     socket.set_reuse_address(true)?;
     socket.bind_device(Some(device.as_bytes()))?;
     if address.is_ipv6() {
@@ -81,17 +91,29 @@ fn router(device: &str) -> io::Result<Socket> {
 
 impl Services {
     pub(super) fn open(device: &str, subnet: Subnet) -> io::Result<Self> {
-        let dhcp = udp(device, (Ipv4Addr::UNSPECIFIED, gateway::DHCP_SERVER).into())?;
+        let any = (Ipv4Addr::UNSPECIFIED, gateway::DHCP_SERVER).into();
+        let dhcp = bound(device, any, Type::DGRAM)?;
         dhcp.set_broadcast(true)?;
-        let names = udp(device, (subnet.gateway(), DNS_PORT).into())?;
+        let listening = |address| {
+            let socket = bound(device, address, Type::STREAM)?;
+            socket.listen(BACKLOG)?;
+            Ok::<_, io::Error>(socket)
+        };
+        let server = (subnet.gateway(), DNS_PORT).into();
+        let server_v6 = (subnet.gateway_v6(), DNS_PORT).into();
+        let names = bound(device, server, Type::DGRAM)?;
+        let names_tcp = listening(server)?;
         let v6 = host::has_ipv6();
-        let names_v6 = v6.then(|| udp(device, (subnet.gateway_v6(), DNS_PORT).into()));
+        let names_v6 = v6.then(|| bound(device, server_v6, Type::DGRAM));
+        let names_tcp_v6 = v6.then(|| listening(server_v6));
         let routers = v6.then(|| router(device));
         Ok(Self {
             subnet,
             dhcp: dhcp.into(),
             names: names.into(),
+            names_tcp: names_tcp.into(),
             names_v6: names_v6.transpose()?.map(OwnedFd::from),
+            names_tcp_v6: names_tcp_v6.transpose()?.map(OwnedFd::from),
             routers: routers.transpose()?.map(OwnedFd::from),
             routes_v6: host::forwards_ipv6(),
             advertised: None,
@@ -103,6 +125,8 @@ impl Services {
             Service::Dhcp => Some(&self.dhcp),
             Service::Names => Some(&self.names),
             Service::NamesV6 => self.names_v6.as_ref(),
+            Service::NamesTcp => Some(&self.names_tcp),
+            Service::NamesTcpV6 => self.names_tcp_v6.as_ref(),
             Service::Routers => self.routers.as_ref(),
         }
     }
@@ -153,6 +177,14 @@ impl Switch {
             let Some(socket) = services.socket(service) else {
                 return;
             };
+            if matches!(service, Service::NamesTcp | Service::NamesTcpV6) {
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                let Ok(socket) = accept_with(socket, flags) else {
+                    return;
+                };
+                self.let_talk(socket);
+                continue;
+            }
             let Ok((_, length, from)) = recvfrom(socket, &mut *buffer, RecvFlags::DONTWAIT) else {
                 return;
             };
@@ -164,7 +196,7 @@ impl Switch {
                     let ipv6 = self.config.ipv6;
                     services.advertise(ipv6, self.now);
                 }
-                Service::Routers => {}
+                Service::Routers | Service::NamesTcp | Service::NamesTcpV6 => {}
                 Service::Names | Service::NamesV6 => {
                     if let Some(from) = from {
                         self.asked(from, message);
@@ -198,15 +230,7 @@ impl Switch {
     /// A question for a name.
     fn asked(&mut self, from: SocketAddr, message: &[u8]) {
         let subnet = self.config.subnet;
-        let of = |address: IpAddr| {
-            let is_its = |own: &crate::Addresses| match address {
-                IpAddr::V4(v4) => own.ipv4 == v4,
-                IpAddr::V6(v6) => own.ipv6 == v6,
-            };
-            let mut ports = self.ports.iter();
-            ports.find(|(_, port)| is_its(&port.addresses))
-        };
-        let Some((&number, _)) = of(from.ip()) else {
+        let Some(number) = self.number_of(from.ip()) else {
             return;
         };
         let server: IpAddr = match from {
@@ -214,6 +238,26 @@ impl Switch {
             SocketAddr::V6(_) => subnet.gateway_v6().into(),
         };
         self.take_question(number, [from, (server, DNS_PORT).into()], message);
+    }
+
+    /// A connection for names.
+    fn let_talk(&mut self, socket: OwnedFd) {
+        let from = getpeername(&socket).ok().flatten();
+        let from = from.and_then(|from| SocketAddr::try_from(from).ok());
+        if let Some(number) = from.and_then(|from| self.number_of(from.ip())) {
+            // One too many is closed.
+            let _ = self.begin_talk(number, socket);
+        }
+    }
+
+    fn number_of(&self, address: IpAddr) -> Option<u8> {
+        let is_its = |own: &Addresses| match address {
+            IpAddr::V4(v4) => own.ipv4 == v4,
+            IpAddr::V6(v6) => own.ipv6 == v6,
+        };
+        let mut ports = self.ports.iter();
+        let (number, _) = ports.find(|(_, port)| is_its(&port.addresses))?;
+        Some(*number)
     }
 
     /// Tells guests of the router from time to time.

@@ -127,19 +127,20 @@ impl Switch {
         }
     }
 
+    /// The answer to a question for a guest's name; `None` if it is for others to answer.
+    pub(super) fn own_answer(&self, message: &[u8]) -> Option<Vec<u8>> {
+        let question = Question::parse(message)?;
+        match question.guest().and_then(|name| self.find(name)) {
+            Some(guest) => Some(question.answer(guest.ipv4, guest.ipv6)),
+            None => question.is_inside().then(|| question.no_such_name()),
+        }
+    }
+
     /// A question for a name: answered here if it is for a guest's, else to be sent on.
     fn ask(&mut self, key: Key, message: &[u8]) -> Option<u64> {
-        if let Some(question) = Question::parse(message) {
-            let guest = question.guest().and_then(|name| self.find(name));
-            let answer = match guest {
-                Some(guest) => Some(question.answer(guest.ipv4, guest.ipv6)),
-                None if question.is_inside() => Some(question.no_such_name()),
-                None => None,
-            };
-            if let Some(answer) = answer {
-                self.send_to_guest(&key, &answer);
-                return None;
-            }
+        if let Some(answer) = self.own_answer(message) {
+            self.send_to_guest(&key, &answer);
+            return None;
         }
         if self.config.isolated {
             return None;

@@ -1,8 +1,10 @@
 //! Machines on a bridge, in network namespaces of the test's own: see `namespaces`. As root only,
 //! and where nft is; elsewhere these tests are skipped.
 
+use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::thread;
 use std::time::Duration;
@@ -204,6 +206,53 @@ fn what_killed_machines_leave_is_removed() {
     host.is_clean();
 }
 
+#[test]
+fn a_guest_is_answered_by_new_name_servers() {
+    let Some(host) = Host::new("names") else {
+        return;
+    };
+    let World { here, there } = &host.world;
+    assert!(ip(&format!(
+        "-n {there} address add 192.0.2.3/24 dev cable"
+    )));
+    // What `ip netns exec` shows as a file of /etc.
+    let etc = Path::new("/etc/netns").join(here);
+    fs::create_dir_all(&etc).unwrap();
+    let file = etc.join("resolv.conf");
+    fs::write(&file, "nameserver 192.0.2.3\n").unwrap();
+    let asked = |address: &'static str| {
+        let (ready, wait) = std::sync::mpsc::channel();
+        let thread = World::inside(there, move || {
+            let server = UdpSocket::bind((address, 53)).unwrap();
+            ready.send(()).unwrap();
+            let mut question = [0; 512];
+            let (length, from) = server.recv_from(&mut question).unwrap();
+            (server, question[..length].to_vec(), from)
+        });
+        wait.recv().unwrap();
+        thread
+    };
+    let (first, second) = (asked("192.0.2.3"), asked("192.0.2.2"));
+    thread::spawn(move || {
+        // Whoever was asked first does not answer, and is a name server no more.
+        let _silent = first.join().unwrap();
+        fs::write(&file, "nameserver 192.0.2.2\n").unwrap();
+        let (server, mut answer, from) = second.join().unwrap();
+        // A response: there is no such name.
+        answer[2] |= 0x80;
+        answer[3] = 3;
+        server.send_to(&answer, from).unwrap();
+    });
+    let said = host.guest(
+        &["--network", "user"],
+        "for i in $(seq 30); do
+             nslookup -type=a example.org 2>&1 | grep -o NXDOMAIN && exit
+         done",
+    );
+    let _ = fs::remove_dir_all(etc);
+    assert_eq!(said, "NXDOMAIN\n");
+}
+
 /// The wardens in a namespace.
 fn wardens(namespace: &str) -> Vec<rustix::process::Pid> {
     let listed = Command::new("ip")
@@ -212,7 +261,7 @@ fn wardens(namespace: &str) -> Vec<rustix::process::Pid> {
         .unwrap();
     let listed = String::from_utf8(listed.stdout).unwrap();
     let is_warden = |number: &&str| {
-        let line = std::fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
+        let line = fs::read(format!("/proc/{number}/cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&line).contains("network-warden")
     };
     let numbers = listed.split_ascii_whitespace().filter(is_warden);
