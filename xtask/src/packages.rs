@@ -51,6 +51,10 @@ pub(crate) const FOR_TESTS: &[Program] = &[
         package: "iproute2",
     },
     Program {
+        name: "nft",
+        package: "nftables",
+    },
+    Program {
         name: "mke2fs",
         package: "e2fsprogs",
     },

@@ -39,14 +39,71 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Those of the guest with this number.
+    /// Those of the guest with this number on a network of the user's own.
     pub(crate) fn of(number: u8) -> Self {
-        let [a, b, c] = SUBNET;
-        let mac = MacAddress([0x02, b'S', b't', b'r', b'a', number]);
+        Subnet::USER.guest(number)
+    }
+}
+
+/// The addresses of a network, in which its gateway and its guests have theirs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Subnet {
+    ipv4: [u8; 3],
+    ipv6: Ipv6Addr,
+}
+
+impl Default for Subnet {
+    fn default() -> Self {
+        Self::USER
+    }
+}
+
+impl Subnet {
+    /// That of all networks that need no privileges: nobody but their switch sees it.
+    pub const USER: Self = Self {
+        ipv4: SUBNET,
+        ipv6: PREFIX,
+    };
+
+    /// That of a bridge, which shares its host with others: 10.83.`number`.0/24 and the IPv6
+    /// prefix that ends in 62 and the number.
+    pub fn of_bridge(number: u8) -> Self {
+        let mut prefix = PREFIX.octets();
+        prefix[6..8].copy_from_slice(&[0x62, number]);
         Self {
+            ipv4: [10, 83, number],
+            ipv6: prefix.into(),
+        }
+    }
+
+    /// The IPv4 address with this last byte.
+    pub(crate) fn ipv4(self, last: u8) -> Ipv4Addr {
+        let [a, b, c] = self.ipv4;
+        Ipv4Addr::new(a, b, c, last)
+    }
+
+    /// The prefix of its IPv6 addresses, of 64 bits.
+    pub(crate) fn prefix(self) -> Ipv6Addr {
+        self.ipv6
+    }
+
+    /// The gateway's address, which is the name server's too.
+    pub fn gateway(self) -> Ipv4Addr {
+        self.ipv4(1)
+    }
+
+    /// The gateway's IPv6 address.
+    pub(crate) fn gateway_v6(self) -> Ipv6Addr {
+        (self.ipv6.to_bits() | 1).into()
+    }
+
+    /// The addresses of the guest with this number.
+    pub(crate) fn guest(self, number: u8) -> Addresses {
+        let mac = MacAddress([0x02, b'S', b't', b'r', b'a', number]);
+        Addresses {
             mac,
-            ipv4: Ipv4Addr::new(a, b, c, number),
-            ipv6: mac.address_in(PREFIX),
+            ipv4: self.ipv4(number),
+            ipv6: mac.address_in(self.ipv6),
         }
     }
 }
@@ -69,6 +126,8 @@ pub(crate) fn is_gateway(address: IpAddr) -> bool {
 /// What guests may reach, and who answers their questions for names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Config {
+    /// Its addresses.
+    pub subnet: Subnet,
     /// Guests reach this host's loopback under the gateway's address, and this host's own
     /// addresses. Otherwise neither.
     pub host: bool,

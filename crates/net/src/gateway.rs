@@ -5,9 +5,11 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::config::{
-    Addresses, DOMAIN, GATEWAY, GATEWAY_LINK, GATEWAY_MAC, GATEWAY_V6, MTU, PREFIX, is_gateway,
+    Addresses, DOMAIN, GATEWAY, GATEWAY_LINK, GATEWAY_MAC, MTU, Subnet, is_gateway,
 };
-use crate::wire::{self, Datagram, Frame, Link, Packet, ethertype, ipv6_at, protocol, u32_at};
+use crate::wire::{
+    self, Datagram, Frame, Link, MacAddress, Packet, ethertype, ipv6_at, protocol, u32_at,
+};
 
 /// How frames of the gateway's go to a guest.
 pub(crate) fn link_to(guest: &Addresses) -> Link {
@@ -180,6 +182,19 @@ pub(crate) fn discover(packet: &Packet<'_>, guest: &Addresses, router: bool) -> 
 /// A router advertisement (RFC 4861 §4.2): the prefix to make an address in, the name server
 /// (RFC 8106); with `router`, also that the gateway is a way out.
 pub(crate) fn advertise_router(guest: &Addresses, router: bool) -> Vec<u8> {
+    let body = router_advertisement(Subnet::USER, router);
+    let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let addresses = (GATEWAY_LINK.into(), all_nodes.into());
+    wire::frame_of(link_to(guest), addresses, protocol::ICMPV6, &body, 2)
+}
+
+/// Whether a message of ICMPv6 asks for routers.
+pub(crate) fn asks_for_router(message: &[u8]) -> bool {
+    message.first() == Some(&icmp::ROUTER_SOLICITATION)
+}
+
+/// The advertisement's message, without its checksum.
+pub(crate) fn router_advertisement(subnet: Subnet, router: bool) -> Vec<u8> {
     /// Seconds for which all of it holds.
     const LIFETIME: u32 = 24 * 3600;
     /// At most this is allowed for a router: 18 hours (RFC 4861 §6.2.1 with RFC 8319).
@@ -197,13 +212,11 @@ pub(crate) fn advertise_router(guest: &Addresses, router: bool) -> Vec<u8> {
     body.extend(LIFETIME.to_be_bytes());
     body.extend(LIFETIME.to_be_bytes());
     body.extend([0; 4]);
-    body.extend(PREFIX.octets());
+    body.extend(subnet.prefix().octets());
     body.extend([25, 3, 0, 0]);
     body.extend(LIFETIME.to_be_bytes());
-    body.extend(GATEWAY_V6.octets());
-    let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-    let addresses = (GATEWAY_LINK.into(), all_nodes.into());
-    wire::frame_of(link_to(guest), addresses, protocol::ICMPV6, &body, 2)
+    body.extend(subnet.gateway_v6().octets());
+    body
 }
 
 pub(crate) const DHCP_SERVER: u16 = 67;
@@ -241,9 +254,26 @@ fn dhcp_option(message: &[u8], wanted: u8) -> Option<&[u8]> {
     }
 }
 
-/// The answer to a DHCP message (RFC 2131): each guest has one address, and gets it always.
+/// The answer to a DHCP message as a frame.
 pub(crate) fn serve_dhcp(datagram: &Datagram<'_>, guest: &Addresses) -> Option<Vec<u8>> {
-    let message = datagram.payload;
+    let (to, reply) = answer_dhcp(datagram.payload, guest, GATEWAY)?;
+    let from = (GATEWAY, DHCP_SERVER).into();
+    Some(wire::udp_frame(link_to(guest), from, to, &reply))
+}
+
+/// The Ethernet address of the client of a DHCP message.
+pub(crate) fn dhcp_client(message: &[u8]) -> Option<MacAddress> {
+    let mac = message.get(28..34)?;
+    Some(MacAddress(mac.try_into().ok()?))
+}
+
+/// The answer to a DHCP message (RFC 2131), and where it goes: each guest has one address, and
+/// gets it always.
+pub(crate) fn answer_dhcp(
+    message: &[u8],
+    guest: &Addresses,
+    gateway: Ipv4Addr,
+) -> Option<(SocketAddr, Vec<u8>)> {
     if message.first() != Some(&1) || u32_at(message, 236)? != DHCP_COOKIE {
         return None;
     }
@@ -252,7 +282,7 @@ pub(crate) fn serve_dhcp(datagram: &Datagram<'_>, guest: &Addresses) -> Option<V
     let requested = dhcp_option(message, 50)
         .and_then(|value| u32_at(value, 0))
         .map_or(current, Ipv4Addr::from);
-    let other_server = dhcp_option(message, 54).is_some_and(|id| id != GATEWAY.octets());
+    let other_server = dhcp_option(message, 54).is_some_and(|id| id != gateway.octets());
     let kind = match *dhcp_option(message, 53)?.first()? {
         dhcp::DISCOVER => dhcp::OFFER,
         dhcp::REQUEST if other_server => return None,
@@ -273,7 +303,7 @@ pub(crate) fn serve_dhcp(datagram: &Datagram<'_>, guest: &Addresses) -> Option<V
     reply.extend(message.get(10..12)?);
     reply.extend(current.octets());
     reply.extend(granted.octets());
-    reply.extend(GATEWAY.octets());
+    reply.extend(gateway.octets());
     reply.extend([0; 4]);
     // The client's Ethernet address, then names that nobody uses.
     reply.extend(message.get(28..44)?);
@@ -284,12 +314,12 @@ pub(crate) fn serve_dhcp(datagram: &Datagram<'_>, guest: &Addresses) -> Option<V
         reply.extend(value);
     };
     option(53, &[kind]);
-    option(54, &GATEWAY.octets());
+    option(54, &gateway.octets());
     if kind != dhcp::NAK {
         option(51, &DHCP_LEASE.to_be_bytes());
         option(1, &[255, 255, 255, 0]);
-        option(3, &GATEWAY.octets());
-        option(6, &GATEWAY.octets());
+        option(3, &gateway.octets());
+        option(6, &gateway.octets());
         option(15, DOMAIN.as_bytes());
         option(26, &MTU.to_be_bytes());
     }
@@ -301,12 +331,7 @@ pub(crate) fn serve_dhcp(datagram: &Datagram<'_>, guest: &Addresses) -> Option<V
         dhcp::ACK if !current.is_unspecified() => (current, DHCP_CLIENT).into(),
         _ => (Ipv4Addr::BROADCAST, DHCP_CLIENT).into(),
     };
-    Some(wire::udp_frame(
-        link_to(guest),
-        (GATEWAY, DHCP_SERVER).into(),
-        to,
-        &reply,
-    ))
+    Some((to, reply))
 }
 
 /// Whether a frame asks for an address, from a guest that has none.

@@ -13,6 +13,9 @@
 //!        host sockets ──► Forwarding: ports of the host that lead to guests
 //! ```
 //!
+//! Where there are privileges, a [`Bridge`] of the host's carries the frames instead, and its kernel
+//! does the rest; the switch is then its DHCP and name server.
+//!
 //! One thread and one event loop, [`Switch::run`]. Whoever owns the process makes the [`Switch`],
 //! gives it ports, locks the process up, and lets it run; a machine gets its place with [`join`].
 //! A guest's frames are hostile: all of it is checked, bounded, and never makes the switch panic.
@@ -20,8 +23,10 @@
 //! virtio's spares a copy, no more.
 #![forbid(unsafe_code)]
 
+mod bridge;
 mod config;
 mod dns;
+mod fragments;
 mod gateway;
 mod nat;
 mod offload;
@@ -37,12 +42,17 @@ mod wire;
 #[cfg(test)]
 mod fuzz_tests;
 
+pub use bridge::{Bridge, BridgeError, is_bridge_name};
 pub use config::{
     Addresses, Config, DOMAIN, GATEWAY, GATEWAY_LINK, GATEWAY_MAC, GATEWAY_V6, MTU, PREFIX,
-    SUBNET_BITS,
+    SUBNET_BITS, Subnet,
 };
 pub use dns::is_host_name;
+pub use nat::listen_on;
 pub use offload::{HEADER_SIZE, Offloads};
-pub use protocol::{Forward, Hello, JoinError, Joined, MAX_MESSAGE, Protocol, join, port_pair};
+pub use protocol::{
+    Forward, Hello, JoinError, Joined, MAX_MESSAGE, Protocol, answer_hello, join, port_pair,
+    receive_hello,
+};
 pub use switch::Switch;
 pub use wire::MacAddress;

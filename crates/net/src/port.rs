@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 
 use crate::config::Addresses;
+use crate::fragments::Fragments;
 use crate::offload::{HEADER_SIZE, Header, Offloads};
 use crate::tcp;
 
@@ -38,6 +39,8 @@ pub(crate) struct Port {
     pub(crate) exchanges: usize,
     /// IPv6 addresses that it has claimed.
     pub(crate) claims: usize,
+    /// Packets of the guest's that are not whole yet.
+    pub(crate) fragments: Fragments,
     complaints: u32,
 }
 
@@ -57,6 +60,7 @@ impl Port {
             connections: 0,
             exchanges: 0,
             claims: 0,
+            fragments: Fragments::default(),
             complaints: 0,
         }
     }

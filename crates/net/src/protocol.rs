@@ -3,12 +3,15 @@
 //! messages are frames behind their [header](crate::offload), or [`Offloads`](crate::Offloads).
 
 use std::fmt;
-use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, send, sendmsg,
+    socketpair, sockopt,
 };
 use serde::{Deserialize, Serialize};
 
@@ -68,16 +71,18 @@ pub(crate) enum Answer {
         mac: [u8; 6],
         ipv4: IpAddr,
         ipv6: IpAddr,
+        gateway: IpAddr,
     },
     Refused(String),
 }
 
 impl Answer {
-    pub(crate) fn welcome(addresses: &Addresses) -> Self {
+    pub(crate) fn welcome(addresses: &Addresses, gateway: Ipv4Addr) -> Self {
         Self::Welcome {
             mac: addresses.mac.0,
             ipv4: addresses.ipv4.into(),
             ipv6: addresses.ipv6.into(),
+            gateway: gateway.into(),
         }
     }
 }
@@ -96,10 +101,15 @@ pub enum JoinError {
 /// A place on a network, for one machine.
 #[derive(Debug)]
 pub struct Joined {
-    /// Carries the machine's frames, without blocking.
+    /// Carries the machine's frames, without blocking. Where there is a tap device it carries
+    /// none, and ends when the network does.
     pub socket: OwnedFd,
+    /// The tap device that carries the frames, without blocking, behind a header of 12 bytes.
+    pub tap: Option<OwnedFd>,
     /// The machine's addresses.
     pub addresses: Addresses,
+    /// Its router and name server.
+    pub gateway: Ipv4Addr,
 }
 
 /// Two connected sockets for the two ends of a port.
@@ -126,10 +136,22 @@ pub fn join(socket: OwnedFd, hello: &Hello) -> Result<Joined, JoinError> {
     let text = serde_json::to_vec(hello).map_err(|_| odd("the machine's name has no JSON"))?;
     send(&socket, &text, SendFlags::NOSIGNAL).map_err(lost)?;
     let mut buffer = vec![0; 4096];
-    let (_, length) = recv(&socket, &mut buffer[..], RecvFlags::empty()).map_err(lost)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(
+        &socket,
+        &mut [IoSliceMut::new(&mut buffer)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    );
+    let length = received.map_err(lost)?.bytes;
     if length == 0 {
         return Err(JoinError::Lost(ErrorKind::UnexpectedEof.into()));
     }
+    let tap = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
     rustix::io::ioctl_fionbio(&socket, true).map_err(lost)?;
     let answer = buffer
         .get(..length)
@@ -139,15 +161,43 @@ pub fn join(socket: OwnedFd, hello: &Hello) -> Result<Joined, JoinError> {
             mac,
             ipv4: IpAddr::V4(ipv4),
             ipv6: IpAddr::V6(ipv6),
+            gateway: IpAddr::V4(gateway),
         }) => Ok(Joined {
             socket,
+            tap,
             addresses: Addresses {
                 mac: MacAddress(mac),
                 ipv4,
                 ipv6,
             },
+            gateway,
         }),
         Some(Answer::Refused(why)) => Err(JoinError::Refused(why)),
         _ => Err(odd("its answer makes no sense")),
     }
+}
+
+/// Waits for the first message of a machine that is to have a tap device.
+pub fn receive_hello(socket: impl AsFd) -> io::Result<Hello> {
+    let mut buffer = vec![0; MAX_MESSAGE];
+    let (_, length) = recv(socket, &mut buffer[..], RecvFlags::empty())?;
+    Ok(serde_json::from_slice(&buffer[..length])?)
+}
+
+/// Answers it: with its place and its tap device, or with why it gets none.
+pub fn answer_hello(
+    socket: impl AsFd,
+    place: Result<(&Addresses, Ipv4Addr, &OwnedFd), String>,
+) -> io::Result<()> {
+    let (answer, tap) = match place {
+        Ok((addresses, gateway, tap)) => (Answer::welcome(addresses, gateway), Some(tap.as_fd())),
+        Err(why) => (Answer::Refused(why), None),
+    };
+    let text = serde_json::to_vec(&answer)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(tap.as_slice()));
+    let flags = SendFlags::NOSIGNAL;
+    sendmsg(socket, &[IoSlice::new(&text)], &mut control, flags)?;
+    Ok(())
 }

@@ -10,7 +10,6 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send};
 
-use crate::config::Addresses;
 use crate::nat::Source;
 use crate::port::Port;
 use crate::protocol::{Answer, MAX_MESSAGE, widen};
@@ -37,8 +36,8 @@ impl Switch {
             Source::Port.data(number.into()),
             EventFlags::IN,
         )?;
-        self.ports
-            .insert(number, Port::new(socket, Addresses::of(number)));
+        let addresses = self.config.subnet.guest(number);
+        self.ports.insert(number, Port::new(socket, addresses));
         Ok(())
     }
 
@@ -62,6 +61,31 @@ impl Switch {
         epoll::add(&self.poll, &listener, Source::Door.data(0), EventFlags::IN)?;
         self.door = Some(Door { listener, lock });
         Ok(())
+    }
+
+    /// Takes new lists of the host's name servers from `socket`, each a message, in JSON.
+    pub fn hear_resolvers(&mut self, socket: OwnedFd) -> io::Result<()> {
+        let data = Source::Resolvers.data(0);
+        epoll::add(&self.poll, &socket, data, EventFlags::IN)?;
+        self.resolvers = Some(socket);
+        Ok(())
+    }
+
+    fn take_resolvers(&mut self, buffer: &mut [u8]) {
+        let Some(socket) = &self.resolvers else {
+            return;
+        };
+        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT) {
+            // Whoever told of them has gone.
+            Ok((_, 0)) => self.resolvers = None,
+            Ok((_, length)) => {
+                if let Ok(servers) = serde_json::from_slice(&buffer[..length]) {
+                    self.config.resolvers = servers;
+                }
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => self.resolvers = None,
+        }
     }
 
     /// Serves the network until its last machine has gone.
@@ -91,6 +115,8 @@ impl Switch {
                 self.tick_connections();
                 self.tick_exchanges();
                 self.tick_forwards(&mut buffer);
+                self.tick_services();
+                self.tick_talks();
             }
             self.read_on(&mut buffer);
             self.pump();
@@ -137,6 +163,9 @@ impl Switch {
             Source::Connection => self.connection_ready(number, flags),
             Source::Exchange => self.exchange_ready(number, buffer),
             Source::Forward => self.forward_ready(number, buffer),
+            Source::Service => self.service_ready(number, buffer),
+            Source::Resolvers => self.take_resolvers(buffer),
+            Source::Talk => self.talk_ready(number),
         }
     }
 
@@ -174,7 +203,7 @@ impl Switch {
     fn greet(&mut self, number: u8, message: &[u8]) {
         let admitted = self.admit(number, message);
         let answer = match &admitted {
-            Ok(addresses) => Answer::welcome(addresses),
+            Ok(addresses) => Answer::welcome(addresses, self.config.subnet.gateway()),
             Err(why) => Answer::Refused(why.clone()),
         };
         if let (Some(port), Ok(text)) = (self.ports.get(&number), serde_json::to_vec(&answer)) {

@@ -9,9 +9,11 @@ use std::time::Instant;
 
 use rustix::event::epoll;
 
+use crate::bridge::Services;
 use crate::config::{
     Addresses, Config, FIRST_GUEST, GATEWAY_MAC, LAST_GUEST, is_gateway, is_inside,
 };
+use crate::fragments::{Fragment, Whole};
 use crate::gateway::{self, Arp};
 use crate::nat::Nat;
 use crate::offload::{Gso, Header, Offloads};
@@ -36,6 +38,10 @@ pub struct Switch {
     /// Who uses which IPv6 address.
     owners: HashMap<Ipv6Addr, u8>,
     pub(crate) door: Option<Door>,
+    /// What it is to the guests of a bridge, whose frames it does not see.
+    pub(crate) services: Option<Services>,
+    /// Who tells of changes of the host's name servers.
+    pub(crate) resolvers: Option<OwnedFd>,
     pub(crate) now: Instant,
 }
 
@@ -66,6 +72,8 @@ impl Switch {
             nat: Nat::default(),
             owners: HashMap::new(),
             door: None,
+            services: None,
+            resolvers: None,
             now: Instant::now(),
         })
     }
@@ -154,9 +162,16 @@ impl Switch {
                 mac == own.mac.0 && (ip == own.ipv4 || ip.is_unspecified())
             }),
             ethertype::IPV4 => {
-                let from_server = Packet::parse(packet).is_some_and(|p| {
-                    p.protocol == protocol::UDP
-                        && u16_at(p.payload, 0) == Some(gateway::DHCP_SERVER)
+                // A fragment says so too, if it is the first.
+                let start = |packet| match Fragment::parse(packet) {
+                    Some(fragment) if fragment.offset == 0 => {
+                        Some((fragment.protocol(), fragment.payload))
+                    }
+                    Some(_) => None,
+                    None => Packet::parse(packet).map(|p| (p.protocol, p.payload)),
+                };
+                let from_server = start(packet).is_some_and(|(protocol, payload)| {
+                    protocol == protocol::UDP && u16_at(payload, 0) == Some(gateway::DHCP_SERVER)
                 });
                 let source = u32_at(packet, 12);
                 let asks = || {
@@ -246,6 +261,12 @@ impl Switch {
             let reply = Arp::parse(frame.payload).and_then(|arp| arp.answer(&guest));
             return self.reply(number, reply);
         }
+        if let Some(fragment) = Fragment::parse(frame.payload) {
+            if unicast {
+                self.gather(number, &fragment);
+            }
+            return;
+        }
         let Some(packet) = Packet::parse(frame.payload) else {
             return;
         };
@@ -262,8 +283,22 @@ impl Switch {
         }
     }
 
+    /// A fragment for the gateway; what it makes whole goes on as a packet would.
+    fn gather(&mut self, number: u8, fragment: &Fragment<'_>) {
+        let Some(port) = self.ports.get_mut(&number) else {
+            return;
+        };
+        let whole = port.fragments.take(fragment, self.now);
+        if let Some(packet) = whole.as_ref().and_then(Whole::packet) {
+            self.translate(number, &packet);
+        }
+    }
+
     /// Sends a frame of the gateway's to a guest.
     pub(crate) fn reply(&mut self, number: u8, frame: Option<Vec<u8>>) {
+        if self.services.is_some() {
+            return;
+        }
         if let (Some(frame), Some(port)) = (frame, self.ports.get_mut(&number)) {
             port.deliver(Header::default(), &frame);
         }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -120,6 +121,58 @@ fn other_names_are_asked_of_the_hosts_name_server() {
     thread.join().unwrap();
 }
 
+/// A message behind its length.
+fn framed(message: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(message.len()).unwrap();
+    [&length.to_be_bytes(), message].concat()
+}
+
+#[test]
+fn names_are_answered_over_tcp_here_and_by_the_hosts_server() {
+    let server = std::net::TcpListener::bind((LOCALHOST, 0)).unwrap();
+    let config = Config {
+        resolvers: vec![server.local_addr().unwrap()],
+        ..Config::default()
+    };
+    let [mut one, two] = two_guests(config);
+    // More than a datagram has room for, in pieces.
+    let long = common::pattern(20_000);
+    let answer = framed(&long);
+    let thread = thread::spawn(move || {
+        let (mut stream, _) = server.accept().unwrap();
+        let mut asked = vec![0; framed(&query("example.org")).len()];
+        stream.read_exact(&mut asked).unwrap();
+        assert_eq!(asked, framed(&query("example.org")));
+        for piece in answer.chunks(999) {
+            stream.write_all(piece).unwrap();
+        }
+    });
+    let stream = one.connect(gateway(53), 5000);
+    assert!(one.is_open(stream));
+    let questions = [
+        framed(&query("two.internal")),
+        framed(&query("example.org")),
+    ]
+    .concat();
+    // A length may come without what it is of.
+    for piece in [&questions[..1], &questions[1..9], &questions[9..]] {
+        one.stream(stream).send_slice(piece).unwrap();
+        one.until(|guest| (guest.stream(stream).send_queue() == 0).then_some(()));
+    }
+    let mut heard = Vec::new();
+    let size = |heard: &[u8]| 2 + usize::from(u16::from_be_bytes([heard[0], heard[1]]));
+    one.until(|guest| {
+        let mut buffer = [0; 4096];
+        let length = guest.stream(stream).recv_slice(&mut buffer).unwrap();
+        heard.extend(&buffer[..length]);
+        (heard.len() > 2 && heard.len() >= size(&heard) + long.len() + 2).then_some(())
+    });
+    let (own, others) = heard.split_at(size(&heard));
+    assert!(own.ends_with(&two.addresses.ipv4.octets()));
+    assert_eq!(others, framed(&long));
+    thread.join().unwrap();
+}
+
 #[test]
 fn two_machines_cannot_have_one_name() {
     let (_, mut ports) = network(Config::default(), 2);
@@ -163,6 +216,39 @@ fn datagrams_go_to_the_host_and_back() {
         assert_eq!(one.ask(socket, gateway(port), &data), data);
     }
     thread.join().unwrap();
+}
+
+#[test]
+fn whoever_a_guest_sends_to_sees_the_same_port_and_only_they_answer() {
+    let servers = [(); 3].map(|()| UdpSocket::bind((LOCALHOST, 0)).unwrap());
+    let ports = servers
+        .each_ref()
+        .map(|server| server.local_addr().unwrap().port());
+    let [mut one, mut two] = two_guests(open());
+    let (socket, other) = (one.udp(4000), one.udp(4001));
+    let mut buffer = [0; 64];
+    let mut seen = |guest: &mut Guest, socket, server: usize| {
+        guest.say(socket, gateway(ports[server]), b"here");
+        guest.until(|_| {
+            servers[server].set_nonblocking(true).unwrap();
+            let (_, from) = servers[server].recv_from(&mut buffer).ok()?;
+            Some(from)
+        })
+    };
+
+    let mapped = seen(&mut one, socket, 0);
+    assert_eq!(seen(&mut one, socket, 1), mapped);
+    assert_ne!(seen(&mut one, other, 1), mapped);
+    let twos = two.udp(4000);
+    assert_ne!(seen(&mut two, twos, 0), mapped);
+
+    // Who was not asked is not heard; who was is, each under its own address.
+    servers[2].send_to(b"unasked", mapped).unwrap();
+    for server in [1, 0] {
+        servers[server].send_to(b"answer", mapped).unwrap();
+        let heard = one.hear(socket);
+        assert_eq!(heard, (gateway(ports[server]), b"answer".to_vec()));
+    }
 }
 
 #[test]

@@ -246,6 +246,9 @@ fn allowed_to_network() -> Result<Rules, BackendError> {
     // The internet's, and no others: no Unix sockets, netlink, or raw packets.
     let families = [libc::AF_INET, libc::AF_INET6].map(|family| family as u64);
     rules.insert(libc::SYS_socket, one_of(0, &families)?);
+    // Connected to itself and nobody else.
+    let unix = libc::AF_UNIX as u64;
+    rules.insert(libc::SYS_socketpair, one_of(0, &[unix])?);
     Ok(rules)
 }
 
@@ -295,6 +298,8 @@ fn allowed_to_machine() -> Result<Rules, BackendError> {
         libc::TCGETS2,
         libc::TCSETS2,
         libc::TIOCGWINSZ,
+        // What a tap device leaves to the guest.
+        libc::TUNSETOFFLOAD,
     ];
     rules.insert(
         libc::SYS_ioctl,

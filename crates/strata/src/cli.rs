@@ -79,12 +79,18 @@ pub(crate) enum Command {
     /// Give the terminal back if the process that started this one dies
     #[command(name = crate::guard::SUBCOMMAND, hide = true)]
     TerminalGuard,
+    /// Keep a machine's place on a bridge until it has gone
+    #[command(name = crate::bridge::SUBCOMMAND, hide = true)]
+    NetworkWarden(WardenArgs),
     /// Serve a network until its last machine has gone
     #[command(name = crate::network::SUBCOMMAND, hide = true)]
     NetworkSwitch(SwitchArgs),
     /// Serve a folder to a machine until that has gone
     #[command(name = crate::share::SUBCOMMAND, hide = true)]
     ShareServer(ShareArgs),
+    /// Tell a network's switch of changes of the host's name servers
+    #[command(name = crate::resolvers::SUBCOMMAND, hide = true)]
+    NetworkResolvers,
     /// Enter the sandbox and say what became of each of its layers
     #[command(name = crate::sandbox::SUBCOMMAND, hide = true)]
     SandboxProbe,
@@ -137,9 +143,11 @@ pub(crate) struct RunArgs {
     pub(crate) volumes: Vec<Volume>,
 
     /// The machine's network: one of its own (user), one shared under a NAME with other machines of
-    /// this user, or none. With ,host it reaches this host's loopback as its gateway, with
-    /// ,isolated nobody but its neighbours [default: none, or user with -p]
-    #[arg(long, value_name = "user|none|NAME[,host|,isolated]", value_parser = units::network)]
+    /// this user, the same on a Linux bridge, which needs privileges (bridge:NAME), or none. With
+    /// ,host it reaches this host, with ,isolated nobody but its neighbours [default: none, or user
+    /// with -p]
+    #[arg(long, value_name = "user|none|[bridge:]NAME[,host|,isolated]",
+          value_parser = units::network)]
     pub(crate) network: Option<Network>,
 
     /// A port of this host that leads to one of the guest: on 127.0.0.1, or ADDRESS. Repeat for
@@ -290,6 +298,10 @@ pub(crate) struct SwitchArgs {
     #[arg(long)]
     pub(crate) door: bool,
 
+    /// Serve the guests on the bridge with this interface
+    #[arg(long, requires = "door")]
+    pub(crate) bridge: Option<String>,
+
     /// How this process locks itself up
     #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
     pub(crate) sandbox: Sandbox,
@@ -306,6 +318,26 @@ pub(crate) struct ShareArgs {
     pub(crate) read_only: bool,
 
     /// How this process locks itself up
+    #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
+    pub(crate) sandbox: Sandbox,
+}
+
+/// Arguments of the process that keeps a machine's place on a bridge.
+#[derive(Debug, Args)]
+pub(crate) struct WardenArgs {
+    /// The bridge's name
+    #[arg(long)]
+    pub(crate) bridge: String,
+
+    /// Let guests reach this host
+    #[arg(long)]
+    pub(crate) host: bool,
+
+    /// Let guests reach nobody but each other
+    #[arg(long)]
+    pub(crate) isolated: bool,
+
+    /// How the bridge's name server locks itself up
     #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
     pub(crate) sandbox: Sandbox,
 }

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod appliance;
+mod bridge;
 mod cli;
 mod command;
 mod console;
@@ -17,6 +18,7 @@ mod manual;
 mod network;
 mod progress;
 mod report;
+mod resolvers;
 mod run;
 mod sandbox;
 mod share;
@@ -74,6 +76,8 @@ fn main() -> ExitCode {
             Ok(()) => End::Done,
             Err(_) => End::NotStarted,
         },
+        Command::NetworkWarden(args) => bridge::warden(&args),
+        Command::NetworkResolvers => resolvers::watch(),
         Command::NetworkSwitch(args) => network::switch(&args),
         Command::ShareServer(args) => share::server(&args),
         Command::SandboxProbe => sandbox::answer_probe(),

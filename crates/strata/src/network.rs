@@ -4,6 +4,7 @@
 //! ```text
 //!   strata run ── socket pair ──► strata network-switch          a network of the machine's own
 //!   strata run ── NAME.sock ────► strata network-switch ◄── ...  one that several share
+//!   strata run ── socket pair ──► strata network-warden          one on a bridge: see `bridge`
 //! ```
 //!
 //! Who is first on a named network starts its switch, with NAME.lock held, so that there is one;
@@ -22,17 +23,17 @@ use rustix::net::SocketType;
 use strata_net::{Config, Hello, JoinError, Joined, Switch};
 use strata_sandbox::Role;
 
-use crate::cli::{RunArgs, SwitchArgs};
+use crate::bridge;
+use crate::cli::{RunArgs, Sandbox, SwitchArgs};
 use crate::exit::End;
 use crate::report;
+use crate::resolvers;
 use crate::sandbox;
 use crate::sockets;
 use crate::units::{Network, Wire};
 
 /// Name of the hidden subcommand.
 pub(crate) const SUBCOMMAND: &str = "network-switch";
-/// The host's list of name servers.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Why a machine has no network.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,9 @@ pub(crate) enum Fault {
     /// The network does not take it.
     #[error(transparent)]
     Join(#[from] JoinError),
+    /// The host's bridge cannot be made.
+    #[error(transparent)]
+    Bridge(#[from] strata_net::BridgeError),
     /// The host does not give what a network needs.
     #[error("cannot {action}")]
     Host {
@@ -51,7 +55,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    fn host<E: Into<io::Error>>(action: impl Into<String>) -> impl FnOnce(E) -> Self {
+    pub(crate) fn host<E: Into<io::Error>>(action: impl Into<String>) -> impl FnOnce(E) -> Self {
         let action = action.into();
         move |source| Self::Host {
             action,
@@ -72,10 +76,15 @@ pub(crate) fn join(args: &RunArgs, name: Option<String>) -> Result<Option<Joined
         Wire::None => return Ok(None),
         Wire::User => {
             let (theirs, ours) = strata_net::port_pair().map_err(Fault::host("make a socket"))?;
-            start_switch(args, &network, theirs.into(), None)?;
+            start_switch(&options(&network), args.sandbox, theirs.into(), None)?;
             strata_net::join(ours, &hello)?
         }
         Wire::Named(name) => join_named(args, &network, name, &hello)?,
+        Wire::Bridge(name) => {
+            let (theirs, ours) = strata_net::port_pair().map_err(Fault::host("make a socket"))?;
+            bridge::start_warden(name, &options(&network), args.sandbox, theirs.into())?;
+            strata_net::join(ours, &hello)?
+        }
     };
     tracing::info!(
         "network: {} {}",
@@ -85,17 +94,23 @@ pub(crate) fn join(args: &RunArgs, name: Option<String>) -> Result<Option<Joined
     Ok(Some(joined))
 }
 
+/// The options of a network, for the processes that serve it.
+fn options(network: &Network) -> Vec<&'static str> {
+    let host = network.host.then_some("--host");
+    host.into_iter()
+        .chain(network.isolated.then_some("--isolated"))
+        .collect()
+}
+
 fn start_switch(
-    args: &RunArgs,
-    network: &Network,
+    options: &[&str],
+    sandbox: Sandbox,
     socket: Stdio,
     lock: Option<File>,
 ) -> Result<(), Fault> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(SUBCOMMAND);
-    command.args(network.host.then_some("--host"));
-    command.args(network.isolated.then_some("--isolated"));
-    command.args(["--sandbox", args.sandbox.name()]);
+    command.arg(SUBCOMMAND).args(options);
+    command.args(["--sandbox", sandbox.name()]);
     // Of its own group, since what the terminal sends is for the machine.
     command.process_group(0).stdin(socket);
     if let Some(lock) = lock {
@@ -119,32 +134,61 @@ fn join_named(
     let directory = runtime_directory()?;
     let path = directory.join(format!("{name}.sock"));
     let lock_path = directory.join(format!("{name}.lock"));
-    let open_lock = || {
+    let lock = Lock::take(&lock_path)?;
+    let socket = connect_or_start(&path, &lock, &options(network), args.sandbox)?;
+    // The lock is held until the switch has answered: it does not end before.
+    Ok(strata_net::join(socket, hello)?)
+}
+
+/// A file that is locked by whoever comes into a network; free when dropped.
+pub(crate) struct Lock {
+    path: PathBuf,
+    _held: File,
+}
+
+impl Lock {
+    /// Waits for its turn.
+    pub(crate) fn take(path: &Path) -> Result<Self, Fault> {
+        let file = Self::open(path)?;
+        file.lock()
+            .map_err(Fault::host(format!("lock '{}'", path.display())))?;
+        Ok(Self {
+            path: path.to_owned(),
+            _held: file,
+        })
+    }
+
+    fn open(path: &Path) -> Result<File, Fault> {
         let mut options = OpenOptions::new();
         let options = options.create(true).truncate(false).write(true).mode(0o600);
-        let action = format!("open '{}'", lock_path.display());
-        options.open(&lock_path).map_err(Fault::host(action))
-    };
-    let lock = open_lock()?;
-    lock.lock()
-        .map_err(Fault::host(format!("lock '{}'", lock_path.display())))?;
-    let socket = match connect_to(&path) {
-        Ok(socket) => socket,
+        let action = format!("open '{}'", path.display());
+        options.open(path).map_err(Fault::host(action))
+    }
+}
+
+/// Connects to the switch that listens at `path`; starts one with `options` if none does.
+pub(crate) fn connect_or_start(
+    path: &Path,
+    lock: &Lock,
+    options: &[&str],
+    sandbox: Sandbox,
+) -> Result<OwnedFd, Fault> {
+    match connect_to(path) {
+        Ok(socket) => Ok(socket),
         // There is none, or what the last one left.
         Err(Errno::NOENT | Errno::CONNREFUSED) => {
             let action = || format!("make the network's socket '{}'", path.display());
-            let listener = listen_at(&path).map_err(Fault::host(action()))?;
+            let listener = listen_at(path).map_err(Fault::host(action()))?;
             // A lock of its own: one that is handed down would be held by us too.
-            start_switch(args, network, listener.into(), Some(open_lock()?))?;
-            connect_to(&path).map_err(Fault::host(action()))?
+            let theirs = Lock::open(&lock.path)?;
+            start_switch(options, sandbox, listener.into(), Some(theirs))?;
+            connect_to(path).map_err(Fault::host(action()))
         }
         Err(error) => {
             let action = format!("reach the network's switch at '{}'", path.display());
-            return Err(Fault::host(action)(error));
+            Err(Fault::host(action)(error))
         }
-    };
-    // The lock is held until the switch has answered: it does not end before.
-    Ok(strata_net::join(socket, hello)?)
+    }
 }
 
 fn connect_to(path: &Path) -> Result<OwnedFd, Errno> {
@@ -158,7 +202,7 @@ fn listen_at(path: &Path) -> Result<OwnedFd, Errno> {
 
 /// The user's own directory for sockets: in XDG_RUNTIME_DIR, or one in /tmp that nobody else can
 /// have made.
-fn runtime_directory() -> Result<PathBuf, Fault> {
+pub(crate) fn runtime_directory() -> Result<PathBuf, Fault> {
     let user = rustix::process::geteuid().as_raw();
     let path = match std::env::var_os("XDG_RUNTIME_DIR").filter(|path| !path.is_empty()) {
         Some(directory) => Path::new(&directory).join("strata"),
@@ -193,14 +237,22 @@ pub(crate) fn switch(args: &SwitchArgs) -> End {
 }
 
 fn serve(args: &SwitchArgs) -> Result<(), Box<dyn std::error::Error>> {
-    let text = fs::read_to_string(RESOLV_CONF).unwrap_or_default();
     let mut switch = Switch::new(Config {
         host: args.host,
         isolated: args.isolated,
-        resolvers: Config::resolvers_of(&text),
-        ipv6: false,
+        resolvers: resolvers::read(),
+        ..Config::default()
     })?;
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    if !args.isolated {
+        match resolvers::start() {
+            Ok(socket) => switch.hear_resolvers(socket)?,
+            Err(error) => tracing::warn!(%error, "changes of the name servers go unnoticed"),
+        }
+    }
+    if let Some(bridge) = &args.bridge {
+        switch.serve_bridge(bridge)?;
+    }
     if args.door {
         switch.open_door(socket, io::stdout().as_fd().try_clone_to_owned()?)?;
     } else {

@@ -20,7 +20,8 @@ pub(crate) fn say_error(error: &dyn Error) {
     say(&chain(error));
 }
 
-fn chain(error: &dyn Error) -> String {
+/// An error with its causes.
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -230,6 +230,8 @@ pub(crate) enum Wire {
     User,
     /// Whoever names the same.
     Named(String),
+    /// Whoever names the same, on a bridge of the host's.
+    Bridge(String),
 }
 
 impl Network {
@@ -247,13 +249,21 @@ impl Network {
     }
 }
 
-/// Parses `user`, `none` or a name, then `,host` or `,isolated`.
+/// Parses `user`, `none`, a name or `bridge:` and a name, then `,host` or `,isolated`.
 pub(crate) fn network(text: &str) -> Result<Network, String> {
     let (first, options) = text.split_once(',').unwrap_or((text, ""));
     let mut network = Network::plain(match first {
         "none" => Wire::None,
         "user" => Wire::User,
-        other => Wire::Named(name(other)?),
+        "bridge" => return Err("a bridge has a name, such as bridge:lab".to_owned()),
+        other => match other.strip_prefix("bridge:") {
+            Some(bridge) if strata_net::is_bridge_name(bridge) => Wire::Bridge(bridge.to_owned()),
+            Some(_) => {
+                let text = "a bridge's name is of a-z, 0-9 and hyphens between them, at most 8";
+                return Err(text.to_owned());
+            }
+            None => Wire::Named(name(other)?),
+        },
     });
     match options {
         "" => {}
@@ -467,7 +477,10 @@ mod tests {
         let shared = network("lab,isolated").unwrap();
         assert_eq!(shared.wire, Wire::Named("lab".to_owned()));
         assert!(shared.isolated && !shared.host);
-        for wrong in ["", "a/b", "../x", "lab,host,isolated", "user,rw"] {
+        let bridge = network("bridge:lab,host").unwrap();
+        assert_eq!(bridge.wire, Wire::Bridge("lab".to_owned()));
+        let wrong = ["", "a/b", "../x", "lab,host,isolated", "user,rw", "bridge"];
+        for wrong in wrong.into_iter().chain(["bridge:", "bridge:too-long1"]) {
             assert!(network(wrong).is_err(), "{wrong}");
         }
     }

@@ -48,3 +48,4 @@ pub use interrupts::Interrupts;
 pub use machine::{Control, MAX_CPUS, Machine, Opened};
 pub use strata_hypervisor::Statistics;
 pub use strata_memory::{give_back_large_blocks, give_back_program};
+pub use virtio::open_tap;

@@ -1,14 +1,17 @@
 //! UDP and ICMP echo through the NAT. An exchange is a pair of ends; each has a socket of its own
 //! that is connected, so nobody but the one who was asked can answer (RFC 4787's address and
-//! port-dependent filtering). Exchanges through a port forward share the forward's socket.
+//! port-dependent filtering). Exchanges through a port forward share the forward's socket. What
+//! else a guest sends from one port comes from one port of the host's: see `mapping`.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketType, connect, ipproto, recv, send, sendto};
 
+use super::mapping::Mapping;
 use super::{Key, MAX_EXCHANGES, Source, meaning, new_socket};
 use crate::dns::Question;
 use crate::gateway::{self, Echo};
@@ -29,6 +32,8 @@ pub(super) struct Exchange {
     kind: Kind,
     last_use: Instant,
     answered: bool,
+    /// The host's port, for as long as an exchange uses it.
+    mapping: Option<Arc<Mapping>>,
 }
 
 #[derive(Debug)]
@@ -48,6 +53,7 @@ impl Exchange {
             kind,
             last_use: now,
             answered: false,
+            mapping: None,
         }
     }
 
@@ -81,6 +87,11 @@ impl Exchange {
     }
 }
 
+/// Drops what came to a socket of a shared port before it was connected, from anybody.
+fn drop_unasked(socket: &OwnedFd) {
+    while recv(socket, &mut [0_u8; 1][..], RecvFlags::DONTWAIT).is_ok() {}
+}
+
 impl Switch {
     /// A UDP datagram of a guest's.
     pub(super) fn take_datagram(
@@ -102,7 +113,7 @@ impl Switch {
                     Ok(id) => id,
                     Err(error) => return self.refuse(number, packet, meaning(error)),
                 },
-                Route::Resolver => match self.ask(key, datagram) {
+                Route::Resolver => match self.ask(key, datagram.payload) {
                     Some(id) => id,
                     None => return,
                 },
@@ -116,19 +127,20 @@ impl Switch {
         }
     }
 
+    /// The answer to a question for a guest's name; `None` if it is for others to answer.
+    pub(super) fn own_answer(&self, message: &[u8]) -> Option<Vec<u8>> {
+        let question = Question::parse(message)?;
+        match question.guest().and_then(|name| self.find(name)) {
+            Some(guest) => Some(question.answer(guest.ipv4, guest.ipv6)),
+            None => question.is_inside().then(|| question.no_such_name()),
+        }
+    }
+
     /// A question for a name: answered here if it is for a guest's, else to be sent on.
-    fn ask(&mut self, key: Key, datagram: &Datagram<'_>) -> Option<u64> {
-        if let Some(question) = Question::parse(datagram.payload) {
-            let guest = question.guest().and_then(|name| self.find(name));
-            let answer = match guest {
-                Some(guest) => Some(question.answer(guest.ipv4, guest.ipv6)),
-                None if question.is_inside() => Some(question.no_such_name()),
-                None => None,
-            };
-            if let Some(answer) = answer {
-                self.send_to_guest(&key, &answer);
-                return None;
-            }
+    fn ask(&mut self, key: Key, message: &[u8]) -> Option<u64> {
+        if let Some(answer) = self.own_answer(message) {
+            self.send_to_guest(&key, &answer);
+            return None;
         }
         if self.config.isolated {
             return None;
@@ -137,7 +149,26 @@ impl Switch {
         self.exchange(key, server, Kind::Question).ok()
     }
 
+    /// A question for a name that came to the name server of a bridge.
+    pub(crate) fn take_question(&mut self, number: u8, ends: [SocketAddr; 2], message: &[u8]) {
+        let [guest, remote] = ends;
+        let key = Key {
+            port: number,
+            protocol: protocol::UDP,
+            guest,
+            remote,
+        };
+        let known = self.nat.keys.get(&key).copied();
+        if let Some(id) = known.or_else(|| self.ask(key, message)) {
+            // Whoever hears nothing asks again.
+            let _ = self.send_datagram(id, message);
+        }
+    }
+
     pub(super) fn send_to_guest(&mut self, key: &Key, payload: &[u8]) {
+        if let Some(services) = &self.services {
+            return services.answer(key.guest, payload);
+        }
         let Some(guest) = self.ports.get(&key.port).map(|port| port.addresses) else {
             return;
         };
@@ -151,7 +182,7 @@ impl Switch {
         &mut self,
         key: Key,
         target: SocketAddr,
-        kind: impl FnOnce(OwnedFd) -> Kind,
+        kind: fn(OwnedFd) -> Kind,
     ) -> Result<u64, Errno> {
         let protocol = match (key.protocol, target) {
             (protocol::UDP, _) => None,
@@ -161,13 +192,24 @@ impl Switch {
         if !self.has_room(key.port) {
             return Err(Errno::NOBUFS);
         }
-        let socket = new_socket(target, SocketType::DGRAM, protocol)?;
-        connect(&socket, &target)?;
+        let mut exchange = Exchange::new(
+            key,
+            kind(new_socket(target, SocketType::DGRAM, protocol)?),
+            self.now,
+        );
+        exchange.mapping = match &exchange.kind {
+            Kind::Udp(socket) => Some(self.nat.mappings.share(socket, &key)?),
+            _ => None,
+        };
         let id = self.nat.next();
-        if !self.watch(&socket, Source::Exchange, id) {
-            return Err(Errno::NOBUFS);
+        if let Some(socket) = exchange.socket() {
+            connect(socket, &target)?;
+            drop_unasked(socket);
+            if !self.watch(socket, Source::Exchange, id) {
+                return Err(Errno::NOBUFS);
+            }
         }
-        self.keep_exchange(id, Exchange::new(key, kind(socket), self.now));
+        self.keep_exchange(id, exchange);
         Ok(id)
     }
 

@@ -253,7 +253,8 @@ fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-fn listen_on(forward: &Forward) -> Result<OwnedFd, Errno> {
+/// Takes the port of the host that a forward is for, so that nobody else does.
+pub fn listen_on(forward: &Forward) -> Result<OwnedFd, Errno> {
     let kind = match forward.protocol {
         Protocol::Tcp => SocketType::STREAM,
         Protocol::Udp => SocketType::DGRAM,

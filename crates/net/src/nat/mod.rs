@@ -4,6 +4,8 @@
 
 mod datagrams;
 mod forwards;
+mod mapping;
+mod names;
 mod streams;
 
 use std::collections::HashMap;
@@ -22,6 +24,9 @@ use crate::tcp::Flow;
 use crate::wire::{self, Datagram, Packet, Unreachable, protocol};
 use datagrams::Exchange;
 use forwards::Forwarding;
+pub use forwards::listen_on;
+use mapping::Mappings;
+use names::Talk;
 
 /// Connections that a guest may have through the NAT.
 const MAX_CONNECTIONS: usize = 4096;
@@ -52,6 +57,8 @@ pub(crate) struct Nat {
     exchanges: HashMap<u64, Exchange>,
     keys: HashMap<Key, u64>,
     forwards: HashMap<u64, Forwarding>,
+    mappings: Mappings,
+    talks: HashMap<u64, Talk>,
     /// Connections that something has happened to, to be pumped.
     stirred: Vec<u64>,
     /// Exchanges that have more to be read than was taken at once.
@@ -72,17 +79,24 @@ pub(crate) enum Source {
     Connection,
     Exchange,
     Forward,
+    Service,
+    Resolvers,
+    /// Either side of a connection for names.
+    Talk,
 }
 
 const KIND_SHIFT: u32 = 56;
 
 impl Source {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 8] = [
         Self::Door,
         Self::Port,
         Self::Connection,
         Self::Exchange,
         Self::Forward,
+        Self::Service,
+        Self::Resolvers,
+        Self::Talk,
     ];
 
     pub(crate) fn data(self, number: u64) -> EventData {
@@ -116,6 +130,7 @@ impl Nat {
             .retain(|_, exchange| exchange.key.port != number);
         self.keys.retain(|key, _| key.port != number);
         self.forwards.retain(|_, forward| forward.port != number);
+        self.talks.retain(|_, talk| talk.port != number);
     }
 
     /// Whether there is something to read of which no event tells.
@@ -125,7 +140,10 @@ impl Nat {
 
     /// Whether nothing needs to be looked at until an event comes.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.connections.is_empty() && self.exchanges.is_empty() && self.forwards.is_empty()
+        self.connections.is_empty()
+            && self.exchanges.is_empty()
+            && self.forwards.is_empty()
+            && self.talks.is_empty()
     }
 
     /// Whether a connection waits for its guest's answer, or a client for a place.

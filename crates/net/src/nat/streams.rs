@@ -1,10 +1,11 @@
 //! TCP connections through the NAT: opening them, and keeping their flows moving.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use rustix::net::{SocketType, connect, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socketpair, sockopt};
 
 use super::{
     Key, LITTLE_ROOM, MANY_CONNECTIONS, MAX_CONNECTIONS, ROOM, Source, meaning, new_socket,
@@ -70,16 +71,13 @@ impl Switch {
 
     /// A guest wants to connect.
     fn open(&mut self, key: Key, packet: &Packet<'_>, syn: &Segment<'_>) {
-        let target = match route(&self.config, key.remote) {
-            Route::Host(address) => Some(address),
-            Route::Resolver => self.resolver(),
-            Route::Refused => None,
+        let opened = match route(&self.config, key.remote) {
+            Route::Host(target) => self.dial(key, target, syn),
+            Route::Resolver => self.talk(key, syn),
+            Route::Refused => Err(Errno::CONNREFUSED),
             Route::Unreachable(why) => return self.refuse(key.port, packet, why),
         };
-        let Some(target) = target else {
-            return self.answer_with_reset(&key, syn);
-        };
-        match self.dial(key, target, syn) {
+        match opened {
             Err(Errno::CONNREFUSED) => self.answer_with_reset(&key, syn),
             // Where there is no room, the guest asks again, and finds some then.
             Ok(()) | Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::AGAIN) => {}
@@ -87,28 +85,47 @@ impl Switch {
         }
     }
 
+    /// Connects a guest to a socket of the host's.
     fn dial(&mut self, key: Key, target: SocketAddr, syn: &Segment<'_>) -> Result<(), Errno> {
-        let (Some(path), Some(port)) = (self.path(&key), self.ports.get(&key.port)) else {
-            return Ok(());
-        };
-        if port.connections >= MAX_CONNECTIONS {
-            return Err(Errno::AGAIN);
-        }
+        self.has_place(&key)?;
         let socket = new_socket(target, SocketType::STREAM, None)?;
         let _ = sockopt::set_tcp_nodelay(&socket, true);
         match connect(&socket, &target) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(error) => return Err(error),
         }
-        let flow = Flow::connecting(
-            path,
-            socket,
-            syn,
-            self.nat.initial_sequence(&key, self.now),
-            self.now,
-        );
-        self.insert(key, flow);
+        self.splice(key, socket, syn);
         Ok(())
+    }
+
+    /// Connects a guest to the gateway's own name server.
+    fn talk(&mut self, key: Key, syn: &Segment<'_>) -> Result<(), Errno> {
+        self.has_place(&key)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        if !self.begin_talk(key.port, ours) {
+            return Err(Errno::CONNREFUSED);
+        }
+        self.splice(key, theirs, syn);
+        Ok(())
+    }
+
+    /// Fails if the guest has as many connections as it may.
+    fn has_place(&self, key: &Key) -> Result<(), Errno> {
+        let port = self.ports.get(&key.port).ok_or(Errno::AGAIN)?;
+        if port.connections < MAX_CONNECTIONS {
+            return Ok(());
+        }
+        Err(Errno::AGAIN)
+    }
+
+    /// Begins the connection of a guest whose other end is `socket`.
+    fn splice(&mut self, key: Key, socket: OwnedFd, syn: &Segment<'_>) {
+        if let Some(path) = self.path(&key) {
+            let initial = self.nat.initial_sequence(&key, self.now);
+            let flow = Flow::connecting(path, socket, syn, initial, self.now);
+            self.insert(key, flow);
+        }
     }
 
     /// Takes a connection into the tables.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use strata_disk::Format;
 use strata_image::oci::{self, Image, Lease, Store};
 use strata_machines::Machine;
-use strata_net::{DOMAIN, GATEWAY, Joined, SUBNET_BITS};
+use strata_net::{DOMAIN, Joined, SUBNET_BITS};
 use strata_protocol::{Container, GREETING, Mount, Network, Run, Session, Size};
 use strata_vmm::{DiskConfig, DiskContent, DiskImage, InitrdPart};
 
@@ -202,7 +202,7 @@ impl Wanted<'_> {
             network: self.joined.map(|joined| Network {
                 address: joined.addresses.ipv4,
                 bits: SUBNET_BITS,
-                gateway: GATEWAY,
+                gateway: joined.gateway,
                 domain: DOMAIN.to_owned(),
             }),
             mounts: mounts(self.args),

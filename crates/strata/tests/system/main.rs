@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod boots;
+mod bridges;
 mod commands;
 mod console;
 mod cpus;

@@ -13,12 +13,12 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use crate::guest::{STRATA, feed};
 
 /// Two namespaces, gone when dropped.
-struct World {
-    here: String,
-    there: String,
+pub(crate) struct World {
+    pub(crate) here: String,
+    pub(crate) there: String,
 }
 
-fn ip(words: &str) -> bool {
+pub(crate) fn ip(words: &str) -> bool {
     let mut command = Command::new("ip");
     command.args(words.split(' '));
     command.status().is_ok_and(|status| status.success())
@@ -26,7 +26,7 @@ fn ip(words: &str) -> bool {
 
 impl World {
     /// `None`, and word of it, where this process may not make one.
-    fn new(name: &str) -> Option<Self> {
+    pub(crate) fn new(name: &str) -> Option<Self> {
         let id = format!("strata-{name}-{}", std::process::id());
         let world = Self {
             here: format!("{id}-a"),
@@ -58,13 +58,10 @@ impl World {
     }
 
     /// Tells every client that comes to `address` who it is, in this namespace.
-    fn serve(namespace: &str, address: &str) {
-        let file = File::open(format!("/run/netns/{namespace}")).unwrap();
+    pub(crate) fn serve(namespace: &str, address: &str) {
         let address: SocketAddr = address.parse().unwrap();
         let (ready, wait) = std::sync::mpsc::channel();
-        thread::spawn(move || {
-            let network = Some(LinkNameSpaceType::Network);
-            move_into_link_name_space(file.as_fd(), network).unwrap();
+        Self::inside(namespace, move || {
             let listener = TcpListener::bind(address).unwrap();
             ready.send(()).unwrap();
             while let Ok((mut client, from)) = listener.accept() {
@@ -72,6 +69,19 @@ impl World {
             }
         });
         wait.recv().unwrap();
+    }
+
+    /// Lets a thread work in a namespace.
+    pub(crate) fn inside<T: Send + 'static>(
+        namespace: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> thread::JoinHandle<T> {
+        let file = File::open(format!("/run/netns/{namespace}")).unwrap();
+        thread::spawn(move || {
+            let network = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(file.as_fd(), network).unwrap();
+            work()
+        })
     }
 
     /// Runs a line of shell in a guest whose host is here.

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
@@ -15,8 +15,8 @@ const CONNECTIONS: u32 = 200;
 const CLIENTS: u32 = 8;
 
 /// A guest that runs a line of shell, and then waits for its input to end.
-struct Server {
-    child: Child,
+pub(crate) struct Server {
+    pub(crate) child: Child,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
     _slot: Slot,
@@ -24,9 +24,14 @@ struct Server {
 
 impl Server {
     fn start(options: &[&str], line: &str) -> Self {
+        Self::begin(run(options), line)
+    }
+
+    /// The same by a `strata run` of the caller's.
+    pub(crate) fn begin(mut run: Command, line: &str) -> Self {
         let slot = Slot::take();
         let script = format!("{line}; echo ready; cat");
-        let mut child = run(options)
+        let mut child = run
             .args(["--", "sh", "-c", &script])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -52,7 +57,7 @@ impl Server {
     }
 
     /// Ends the guest; gives what it still said.
-    fn end(mut self) -> String {
+    pub(crate) fn end(mut self) -> String {
         self.input = None;
         let mut rest = String::new();
         self.output.read_to_string(&mut rest).unwrap();
@@ -179,6 +184,18 @@ fn datagrams_go_to_the_host_and_back() {
     let ended = guest_with(&["--network", "user,host"], &["sh", "-c", &script], b"").expect(0);
     assert_eq!(ended.text(), "hello\n");
     thread.join().unwrap();
+}
+
+#[test]
+fn packets_in_fragments_are_answered() {
+    let script = "ping -c 1 -s 4000 10.0.2.1 >/dev/null && echo four
+         for i in $(seq 50); do
+             ip -6 address show dev eth0 scope global | grep -v tentative | grep -q fd53: && break
+             usleep 100000
+         done
+         ping6 -c 1 -s 9000 fd53:7472:6174:6100::1 >/dev/null && echo six";
+    let ended = guest_with(&["--network", "user"], &["sh", "-c", script], b"").expect(0);
+    assert_eq!(ended.text(), "four\nsix\n");
 }
 
 #[test]

@@ -21,6 +21,7 @@ mod pipe;
 mod root;
 mod share;
 mod sys;
+mod tap;
 mod vsock;
 
 use std::io;
@@ -43,6 +44,7 @@ use root::{Endpoint, Shared};
 pub use strata_disk::OpenError;
 use strata_net::Joined;
 use strata_share::Share;
+pub use tap::open_tap;
 pub use vsock::Door;
 
 use share::Line;
@@ -164,9 +166,14 @@ impl Devices {
 
     /// Adds a network card at the place that `joined` is.
     pub fn add_net(&mut self, joined: Joined) -> Result<(), Error> {
-        let Joined { socket, addresses } = joined;
+        let Joined {
+            socket,
+            tap,
+            addresses,
+            ..
+        } = joined;
         let memory = self.connect.memory.ram().clone();
-        let cable = Arc::new(Cable::new(socket, memory));
+        let cable = Arc::new(Cable::new(socket, tap, memory));
         let config = NetConfig {
             mac: addresses.mac.0,
             mtu: strata_net::MTU,

@@ -1,7 +1,7 @@
-//! The threads of a network card: one takes frames to the network's socket, one from it. Both
-//! move them between the socket and guest memory without a copy of their own.
+//! The threads of a network card: one takes frames to the network's socket or tap device, one from
+//! it. Both move them between that and guest memory without a copy of their own.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -10,24 +10,33 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use strata_devices::virtio::net_queue::{RECEIVE, TRANSMIT};
 use strata_devices::virtio::{Accepts, Buffers, MAX_MESSAGE, Net, OutgoingFrame};
 use strata_memory::Ram;
-use strata_memory::vm_memory::Permissions;
+use strata_memory::vm_memory::bitmap::BitmapSlice;
+use strata_memory::vm_memory::{Permissions, VolatileSlice};
 use strata_net::Offloads;
 
 use super::disk::slices;
 use super::doorbell::Doorbell;
 use super::root::Shared;
 use super::sys;
+use super::tap::Tap;
 
 /// A card's place on its network.
 pub(super) struct Cable {
     socket: OwnedFd,
+    /// Carries the frames in the socket's place.
+    tap: Option<Tap>,
     memory: Ram,
 }
 
 impl Cable {
     /// Takes a place on a network, as `strata_net::join` gives it.
-    pub(super) fn new(socket: OwnedFd, memory: Ram) -> Self {
-        Self { socket, memory }
+    pub(super) fn new(socket: OwnedFd, tap: Option<OwnedFd>, memory: Ram) -> Self {
+        let tap = tap.map(Tap::new);
+        Self {
+            socket,
+            tap,
+            memory,
+        }
     }
 
     /// Ends the thread that takes frames from the network. What is sent still goes out.
@@ -35,11 +44,33 @@ impl Cable {
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Read);
     }
 
-    /// Waits until the socket can be written to, or read from.
+    /// What frames are read from and written to.
+    fn frames(&self) -> &OwnedFd {
+        self.tap.as_ref().map_or(&self.socket, Tap::device)
+    }
+
+    /// Waits until frames can be written, or read, or there is no network any more.
     fn wait(&self, events: PollFlags) {
-        let mut sockets = [PollFd::new(&self.socket, events)];
         // A signal ends it early; the caller tries again.
-        let _ = poll(&mut sockets, None);
+        match &self.tap {
+            None => drop(poll(&mut [PollFd::new(&self.socket, events)], None)),
+            Some(tap) => {
+                let mut both = [
+                    PollFd::new(tap.device(), events),
+                    PollFd::new(&self.socket, PollFlags::IN),
+                ];
+                let _ = poll(&mut both, None);
+                // Nothing ever comes through the socket but its end.
+                if !both[1].revents().is_empty() {
+                    tap.end();
+                }
+            }
+        }
+    }
+
+    /// Whether there will be no more frames, as far as a tap device cannot tell itself.
+    fn has_ended(&self) -> bool {
+        self.tap.as_ref().is_some_and(Tap::has_ended)
     }
 
     /// Sends all of a message; returns false if there is nobody any more.
@@ -49,8 +80,9 @@ impl Cable {
             return true;
         };
         loop {
-            match sys::send(&self.socket, &buffers) {
+            match sys::send(self.frames(), &buffers) {
                 Ok(_) => return true,
+                Err(_) if self.has_ended() => return false,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(PollFlags::OUT),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => return false,
@@ -59,6 +91,9 @@ impl Cable {
     }
 
     fn tell(&self, accepts: Accepts) {
+        if let Some(tap) = &self.tap {
+            return tap.accept(accepts);
+        }
         let Accepts {
             checksum,
             tso4,
@@ -78,6 +113,9 @@ impl Cable {
 
     /// Bytes of the next message; 0 if there will be none, `None` if there is none yet.
     fn next_length(&self) -> Option<usize> {
+        if let Some(tap) = &self.tap {
+            return tap.next_length();
+        }
         let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
         match recv(&self.socket, &mut [0_u8; 1][..], flags) {
             Ok((_, length)) => Some(length),
@@ -87,7 +125,18 @@ impl Cable {
     }
 
     fn drop_message(&self) {
+        if let Some(tap) = &self.tap {
+            return tap.drop_frame();
+        }
         let _ = recv(&self.socket, &mut [0_u8; 1][..], RecvFlags::DONTWAIT);
+    }
+
+    /// Fills `buffers` with the next message.
+    fn receive<B: BitmapSlice>(&self, buffers: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
+        match &self.tap {
+            Some(tap) => tap.receive(buffers),
+            None => sys::receive(&self.socket, buffers),
+        }
     }
 }
 
@@ -157,6 +206,9 @@ pub(super) fn receive(shared: &Arc<Shared<Net>>, cable: &Cable, bell: &Doorbell)
 /// Gives the driver frames as long as there are some, and buffers for them.
 fn take_in(shared: &Arc<Shared<Net>>, cable: &Cable, held: &mut Buffers) -> Pause {
     loop {
+        if cable.has_ended() {
+            return Pause::End;
+        }
         shared.with(|net, transport| net.take_buffers(transport, held));
         if held.size() < MAX_MESSAGE as u64 {
             // Not room for any message: is there for the next one?
@@ -177,7 +229,7 @@ fn take_in(shared: &Arc<Shared<Net>>, cable: &Cable, held: &mut Buffers) -> Paus
         let Ok(buffers) = slices(&cable.memory, held.segments(), Permissions::Write) else {
             return Pause::Buffers;
         };
-        match sys::receive(&cable.socket, &buffers) {
+        match cable.receive(&buffers) {
             Ok(0) => return Pause::End,
             Ok(length) => shared.with(|net, transport| net.received(transport, held, length)),
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Pause::Frame,

@@ -379,7 +379,12 @@ fn card() -> (Machine, std::os::fd::OwnedFd) {
         ipv4: [10, 0, 2, 2].into(),
         ipv6: std::net::Ipv6Addr::LOCALHOST,
     };
-    let joined = Joined { socket, addresses };
+    let joined = Joined {
+        socket,
+        tap: None,
+        addresses,
+        gateway: [10, 0, 2, 1].into(),
+    };
     let machine = machine(1, |devices| devices.add_net(joined).unwrap());
     (machine, other)
 }
