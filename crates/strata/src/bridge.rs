@@ -103,6 +103,8 @@ fn wait_for_end(machine: &OwnedFd) {
 struct Place {
     bridge: Bridge,
     lock: PathBuf,
+    /// Where the bridge's switch lets machines in.
+    socket: PathBuf,
     joined: Joined,
     /// Ports of the host that lead to the machine: nobody else can take them.
     _ports: Vec<OwnedFd>,
@@ -116,7 +118,7 @@ impl Place {
             let namespace = fs::metadata("/proc/self/ns/net")
                 .map_err(Fault::host("look at this process's network namespace"))?;
             let file = format!("bridge-{}{end}", namespace.ino());
-            Ok::<_, Fault>(network::runtime_directory()?.join(file))
+            Ok::<_, Fault>(directory()?.join(file))
         };
         let lock_path = path(".lock")?;
         let lock = Lock::take(&lock_path)?;
@@ -136,6 +138,7 @@ impl Place {
                 let place = Self {
                     bridge,
                     lock: lock_path,
+                    socket,
                     joined,
                     _ports: ports,
                 };
@@ -156,9 +159,22 @@ impl Place {
         }
         let _lock = Lock::take(&self.lock)?;
         self.bridge.clean_up()?;
+        if !self.bridge.is_there()? {
+            let _ = fs::remove_file(&self.socket);
+        }
         // The machine's number is free only now.
         drop(self.joined);
         Ok(())
+    }
+}
+
+/// Where locks and sockets of bridges are: one place for all of root's sessions, since the bridges
+/// are the host's.
+fn directory() -> Result<PathBuf, Fault> {
+    if rustix::process::geteuid().is_root() {
+        network::private(PathBuf::from("/run/strata"))
+    } else {
+        network::runtime_directory()
     }
 }
 

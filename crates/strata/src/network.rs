@@ -208,6 +208,12 @@ pub(crate) fn runtime_directory() -> Result<PathBuf, Fault> {
         Some(directory) => Path::new(&directory).join("strata"),
         None => std::env::temp_dir().join(format!("strata-{user}")),
     };
+    private(path)
+}
+
+/// A directory that nobody else can write to; made if it is not there.
+pub(crate) fn private(path: PathBuf) -> Result<PathBuf, Fault> {
+    let user = rustix::process::geteuid().as_raw();
     let failed = || format!("use the directory '{}' for sockets", path.display());
     match DirBuilder::new().mode(0o700).create(&path) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => {

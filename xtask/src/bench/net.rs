@@ -1,8 +1,10 @@
 //! The network: iperf3 between a guest and the host, both ways, and how long a packet takes there
-//! and back; Strata with `--network user`, QEMU's TCG with `-netdev user`, in turn.
+//! and back; Strata with `--network user`, QEMU's TCG with `-netdev user` and, where there are the
+//! privileges, with `-netdev tap`, in turn.
 //!
 //! The guest has iperf3 of the host's own Debian, with the libraries that it asks for. The servers
-//! listen on the host's loopback, which both networks map to an address of theirs.
+//! listen on the host's loopback, which both user networks map to an address of theirs, and on the
+//! tap device.
 
 use std::fmt;
 use std::fs;
@@ -14,7 +16,6 @@ use serde::Serialize;
 use strata_image::{Archive, Cache};
 use tempfile::TempDir;
 
-use super::Side;
 use super::guests::LIMITS;
 use crate::progress::Lines;
 use crate::{Error, packages, process};
@@ -35,32 +36,36 @@ pub(crate) struct Figures {
     pub(crate) round_trip: f64,
 }
 
-/// Both sides.
+/// All sides.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub(crate) struct Net {
     pub(crate) strata: Option<Figures>,
     pub(crate) tcg: Option<Figures>,
+    /// TCG on a tap device, which needs privileges.
+    pub(crate) tcg_tap: Option<Figures>,
 }
 
 impl fmt::Display for Net {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [strata, tcg] = [self.strata, self.tcg].map(Option::unwrap_or_default);
-        writeln!(
-            f,
-            "{:<28} {:>10} {:>10} {:>14}",
-            "network", "Strata", "TCG", "Strata/TCG"
-        )?;
-        let rows = [
-            ("guest to host, Mbit/s", strata.to_host, tcg.to_host),
-            ("host to guest, Mbit/s", strata.to_guest, tcg.to_guest),
-            ("round trip, ms", strata.round_trip, tcg.round_trip),
-        ];
-        for (name, strata, tcg) in rows {
+        let strata = self.strata.unwrap_or_default();
+        let peers = [("TCG user", self.tcg), ("TCG tap", self.tcg_tap)];
+        for (name, peer) in peers {
+            let Some(peer) = peer else { continue };
+            let ratio = format!("Strata/{name}");
             writeln!(
                 f,
-                "{name:<28} {strata:>10.2} {tcg:>10.2} {:>14.2}",
-                strata / tcg
+                "{:<28} {:>10} {name:>10} {ratio:>16}",
+                "network", "Strata"
             )?;
+            let rows = [
+                ("guest to host, Mbit/s", strata.to_host, peer.to_host),
+                ("host to guest, Mbit/s", strata.to_guest, peer.to_guest),
+                ("round trip, ms", strata.round_trip, peer.round_trip),
+            ];
+            for (name, strata, peer) in rows {
+                let ratio = strata / peer;
+                writeln!(f, "{name:<28} {strata:>10.2} {peer:>10.2} {ratio:>16.2}")?;
+            }
         }
         Ok(())
     }
@@ -70,10 +75,10 @@ impl fmt::Display for Net {
 struct Server(Child);
 
 impl Server {
-    fn start(iperf: &Path, port: u16) -> Result<Self, Error> {
+    fn start(iperf: &Path, address: &str, port: u16) -> Result<Self, Error> {
         let mut command = Command::new(iperf);
         command
-            .args(["-s", "-B", "127.0.0.1", "-p", &port.to_string()])
+            .args(["-s", "-B", address, "-p", &port.to_string()])
             .stdout(Stdio::null());
         let child = command.spawn().map_err(|source| Error::Start {
             what: "iperf3".to_owned(),
@@ -90,7 +95,45 @@ impl Drop for Server {
     }
 }
 
-/// Measures both sides `runs` times, in turn.
+/// A tap device for QEMU, with an address of the host's; gone when dropped.
+struct Tap;
+
+impl Tap {
+    const NAME: &str = "bench-tap";
+    /// In a network for benchmarks of such kind (RFC 2544 §C.2.2).
+    const HOST: &str = "198.19.83.1";
+    const GUEST: &str = "198.19.83.2/24";
+
+    /// `None`, and word of it, where this process may not make one.
+    fn make() -> Option<Self> {
+        let ip = |words: &str| {
+            let done = Command::new("ip").args(words.split(' ')).output();
+            done.is_ok_and(|output| output.status.success())
+        };
+        let (name, host) = (Self::NAME, Self::HOST);
+        if !ip(&format!("tuntap add dev {name} mode tap vnet_hdr")) {
+            eprintln!("network: TCG on a tap device is left out: 'ip tuntap add' needs root here");
+            return None;
+        }
+        let tap = Self;
+        let ready =
+            ip(&format!("address add {host}/24 dev {name}")) && ip(&format!("link set {name} up"));
+        if !ready {
+            eprintln!("network: TCG on a tap device is left out: it takes no address");
+        }
+        ready.then_some(tap)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["tuntap", "del", "dev", Self::NAME, "mode", "tap"])
+            .status();
+    }
+}
+
+/// Measures all sides `runs` times, in turn.
 pub(crate) fn measure(
     strata: Option<&Path>,
     qemu: Option<&Path>,
@@ -104,28 +147,35 @@ pub(crate) fn measure(
     let port = free
         .map_err(Error::file("find a port of", Path::new("127.0.0.1")))?
         .port();
-    let _server = Server::start(&iperf, port)?;
-    let mut seen: [Vec<Figures>; 2] = Default::default();
+    let tap = qemu.and_then(|_| Tap::make());
+    let mut servers = vec![Server::start(&iperf, "127.0.0.1", port)?];
+    if tap.is_some() {
+        servers.push(Server::start(&iperf, Tap::HOST, port)?);
+    }
+    let mut seen: [Vec<Figures>; 3] = Default::default();
     for run in 1..=runs {
+        let on_tap = qemu.filter(|_| tap.is_some());
         let commands = [
             strata.map(|program| parts.strata(program, memory, port)),
-            qemu.map(|program| parts.tcg(program, memory, port)),
+            qemu.map(|program| parts.tcg(program, memory, "user", port)),
+            on_tap.map(|program| parts.tcg(program, memory, "tap", port)),
         ];
-        for ((side, command), seen) in [Side::Strata, Side::Tcg]
-            .iter()
-            .zip(commands)
-            .zip(&mut seen)
-        {
+        let sides = ["Strata", "Tcg", "Tcg on tap"];
+        for ((what, command), seen) in sides.iter().zip(commands).zip(&mut seen) {
             let Some(mut command) = command else { continue };
-            let what = format!("{side:?}");
-            let done = process::measure(&what, &mut command, LIMITS)?;
-            let figures = parse(&what, &done.output)?;
+            let done = process::measure(what, &mut command, LIMITS)?;
+            let figures = parse(what, &done.output)?;
             eprintln!("network {run}/{runs} {what}: {figures:?}");
             seen.push(figures);
         }
     }
-    let [strata, tcg] = seen.map(|figures| median(&figures));
-    Ok(Net { strata, tcg })
+    drop(servers);
+    let [strata, tcg, tcg_tap] = seen.map(|figures| median(&figures));
+    Ok(Net {
+        strata,
+        tcg,
+        tcg_tap,
+    })
 }
 
 fn median(all: &[Figures]) -> Option<Figures> {
@@ -192,7 +242,16 @@ impl Parts {
         command
     }
 
-    fn tcg(&self, program: &Path, memory: &str, port: u16) -> Command {
+    /// TCG with a network of this kind, `user` or `tap`.
+    fn tcg(&self, program: &Path, memory: &str, kind: &str, port: u16) -> Command {
+        let (netdev, guest, host) = match kind {
+            "tap" => (
+                format!("tap,id=net,ifname={},script=no,downscript=no", Tap::NAME),
+                Tap::GUEST,
+                Tap::HOST,
+            ),
+            _ => ("user,id=net".to_owned(), "10.0.2.15/24", "10.0.2.2"),
+        };
         let mut command = Command::new(program);
         command
             .args([
@@ -200,17 +259,12 @@ impl Parts {
             ])
             .args(["-nodefaults", "-no-user-config", "-nographic"])
             .args(["-serial", "stdio", "-no-reboot"])
-            .args([
-                "-netdev",
-                "user,id=net",
-                "-device",
-                "virtio-net-pci,netdev=net",
-            ])
+            .args(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=net"])
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-initrd")
             .arg(&self.initrd);
-        let words = Self::words("10.0.2.15/24", "10.0.2.2", port);
+        let words = Self::words(guest, host, port);
         command.args(["-append", &words]);
         command
     }

@@ -132,6 +132,11 @@ impl Bridge {
         ))
     }
 
+    /// Whether the bridge is there.
+    pub fn is_there(&self) -> Result<bool, BridgeError> {
+        host::has_device(&self.device())
+    }
+
     /// Whether a machine's tap device is there.
     pub fn is_plugged(&self, addresses: &Addresses) -> Result<bool, BridgeError> {
         host::has_device(&self.tap(addresses))

@@ -9,8 +9,6 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::Duration;
 
-use tempfile::TempDir;
-
 use crate::guest::{STRATA, feed};
 use crate::namespaces::{World, ip};
 use crate::network::Server;
@@ -18,7 +16,6 @@ use crate::network::Server;
 /// A host with a bridge: the world lies behind `cable`, a network of the host's behind `other`.
 struct Host {
     world: World,
-    runtime: TempDir,
 }
 
 impl Host {
@@ -42,8 +39,7 @@ impl Host {
         ] {
             assert!(ip(&words), "ip {words}");
         }
-        let runtime = tempfile::tempdir().unwrap();
-        Some(Self { world, runtime })
+        Some(Self { world })
     }
 
     /// A command here.
@@ -52,7 +48,6 @@ impl Host {
         command
             .args(["netns", "exec", &self.world.here])
             .args(words);
-        command.env("XDG_RUNTIME_DIR", self.runtime.path());
         command
     }
 
