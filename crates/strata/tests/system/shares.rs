@@ -5,11 +5,11 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::guest::{Ended, Slot, guest_with, run};
+use crate::guest::{Ended, STRATA, Slot, guest_with, run};
 use crate::programs::compile;
 
 /// A folder to share, with a secret beside it.
@@ -67,7 +67,7 @@ fn what_one_side_writes_the_other_reads() {
          ./files; for n in $(seq 300); do echo $n >sub/$n; done; ls sub | wc -l",
     );
 
-    let sum = std::process::Command::new("sha256sum")
+    let sum = Command::new("sha256sum")
         .stdin(fs::File::open(folder.path("large")).unwrap())
         .output()
         .unwrap();
@@ -273,4 +273,41 @@ fn a_machine_that_is_killed_leaves_no_server() {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     panic!("the server is still there");
+}
+
+#[test]
+fn a_machine_in_the_background_has_its_folders_each_time_it_starts() {
+    let folder = Folder::new();
+    folder.write("hello", "hello\n");
+    let state = tempfile::tempdir().unwrap();
+    let _slot = Slot::take();
+    let strata = |words: &[&str]| {
+        let mut command = Command::new(STRATA);
+        // A relative path is one of the directory in which the machine was made.
+        let command = command.args(words).current_dir(folder.0.path());
+        Ended::from(
+            command
+                .env("XDG_STATE_HOME", state.path())
+                .output()
+                .unwrap(),
+        )
+    };
+    let volume = ["-v", "folder:/srv", "--timeout", "300s"];
+    strata(
+        &[
+            &["run", "-d", "--name", "shares", "--accel", "soft"],
+            &volume[..],
+        ]
+        .concat(),
+    )
+    .expect(0);
+    let told = strata(&["exec", "shares", "cat", "/srv/hello"]).expect(0);
+    assert_eq!(told.text(), "hello\n");
+    strata(&["exec", "shares", "touch", "/srv/first"]).expect(0);
+
+    strata(&["stop", "shares"]).expect(0);
+    strata(&["start", "shares"]).expect(0);
+    let told = strata(&["exec", "shares", "ls", "/srv"]).expect(0);
+    assert_eq!(told.text(), "first\nhello\n");
+    strata(&["rm", "-f", "shares"]).expect(0);
 }
