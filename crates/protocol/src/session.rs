@@ -32,6 +32,8 @@ pub struct Session {
     pub network: Option<Network>,
     /// The file system of a container image, if not the appliance's own.
     pub container: Option<Container>,
+    /// Programs use vsock as soon as they start: its driver is loaded before them.
+    pub sockets_first: bool,
     /// Folders of the host's, in the order in which they are mounted.
     pub mounts: Vec<Mount>,
 }

@@ -9,7 +9,7 @@ mod facts;
 mod files;
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,7 +23,7 @@ use strata_protocol::{
 };
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
-use crate::init::SESSION_COPY;
+use crate::init::drivers;
 use crate::init::main_command::PID_FILE;
 use crate::place::Place;
 use crate::sys;
@@ -52,7 +52,13 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn serve() -> io::Result<()> {
-    let session = strata_protocol::read_session(&fs::read(SESSION_COPY)?)
+    // What process 1 opened for us: modules as arguments, and the session.
+    for number in std::env::args().skip(1) {
+        drivers::insert(&File::open(format!("/proc/self/fd/{number}"))?);
+    }
+    let mut session = Vec::new();
+    io::stdin().read_to_end(&mut session)?;
+    let session = strata_protocol::read_session(&session)
         .map_err(|error| io::Error::other(error.to_string()))?;
     let agent = Arc::new(Agent {
         session,

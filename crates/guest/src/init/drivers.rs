@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::io::Errno;
 use rustix::system::{finit_module, uname};
@@ -19,11 +19,6 @@ const DRIVERS: &[(&str, &str, &[&str])] = &[
     ("0x1af4", "0x1003", &["virtio_pci", "virtio_console"]),
     ("0x1af4", "0x1044", &["virtio_pci", "virtio_rng"]),
     ("0x1af4", "0x1005", &["virtio_pci", "virtio_rng"]),
-    (
-        "0x1af4",
-        "0x1053",
-        &["virtio_pci", "vmw_vsock_virtio_transport"],
-    ),
     ("0x1af4", "0x105a", &["virtio_pci", "virtiofs"]),
     ("0x1b36", "0x0011", &["pvpanic_pci"]),
 ];
@@ -31,6 +26,10 @@ const DRIVERS: &[(&str, &str, &[&str])] = &[
 /// The ACPI device of pvpanic, and its driver.
 const PANIC_DEVICE: &str = "/sys/bus/acpi/devices/QEMU0001:00";
 const PANIC_DRIVER: &str = "pvpanic_mmio";
+
+/// The driver of a socket device, and its number: loaded when somebody is there to use it.
+pub(super) const SOCKETS: &str = "vmw_vsock_virtio_transport";
+const SOCKET_DEVICE: (&str, &str) = ("0x1af4", "0x1053");
 
 /// What container images are mounted with.
 pub(super) const IMAGE_MODULES: &[&str] = &["erofs", "overlay"];
@@ -44,15 +43,9 @@ pub(super) fn load() {
             names.push(name);
         }
     };
-    let devices = fs::read_dir("/sys/bus/pci/devices")
-        .into_iter()
-        .flatten()
-        .flatten();
-    for device in devices {
-        let number = |name| fs::read_to_string(device.path().join(name)).unwrap_or_default();
-        let (vendor, device) = (number("vendor"), number("device"));
+    for (vendor, device) in devices() {
         for (of, is, drivers) in DRIVERS {
-            if vendor.trim() == *of && device.trim() == *is {
+            if vendor == *of && device == *is {
                 drivers.iter().copied().for_each(&mut want);
             }
         }
@@ -63,19 +56,43 @@ pub(super) fn load() {
     load_modules(&names);
 }
 
+/// Vendor and device of all that is on the PCI bus.
+fn devices() -> impl Iterator<Item = (String, String)> {
+    let devices = fs::read_dir("/sys/bus/pci/devices").into_iter().flatten();
+    devices.flatten().map(|device| {
+        let number = |name| {
+            let text = fs::read_to_string(device.path().join(name)).unwrap_or_default();
+            text.trim().to_owned()
+        };
+        (number("vendor"), number("device"))
+    })
+}
+
+/// Whether the machine has a socket device.
+pub(super) fn has_sockets() -> bool {
+    devices().any(|(vendor, device)| (&*vendor, &*device) == SOCKET_DEVICE)
+}
+
 /// Loads modules and what they need; those that are not there may be built into the kernel.
 pub(super) fn load_modules(names: &[&str]) {
+    open_modules(names).iter().for_each(insert);
+}
+
+/// The files of modules and what they need, in the order in which they are to be loaded.
+pub(super) fn open_modules(names: &[&str]) -> Vec<File> {
     let release = uname().release().to_string_lossy().into_owned();
     let directory = Path::new("/lib/modules").join(release);
     let index = fs::read_to_string(directory.join("modules.dep")).unwrap_or_default();
     let mut done = BTreeSet::new();
+    let mut opened = Vec::new();
     for name in names {
         for file in files_of(&index, name) {
             if done.insert(file) {
-                insert(&directory.join(file), file);
+                opened.extend(File::open(directory.join(file)));
             }
         }
     }
+    opened
 }
 
 /// The files of a module and what it needs, in the order in which they are to be loaded.
@@ -99,14 +116,11 @@ fn files_of<'a>(index: &'a str, name: &str) -> Vec<&'a str> {
     files
 }
 
-fn insert(path: &PathBuf, name: &str) {
-    let result =
-        File::open(path).and_then(|file| finit_module(&file, c"", 0).map_err(std::io::Error::from));
-    match result {
-        Err(error) if error.raw_os_error() != Some(Errno::EXIST.raw_os_error()) => {
-            eprintln!("strata: the module {name} cannot be loaded: {error}");
-        }
-        _ => {}
+/// Loads a module, unless it is loaded already.
+pub(crate) fn insert(module: &File) {
+    match finit_module(module, c"", 0) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => eprintln!("strata: a module of the kernel cannot be loaded: {error}"),
     }
 }
 

@@ -13,9 +13,10 @@ use signal_hook::iterator::Signals;
 use strata_protocol::{GREETING, Run, Session, Size, Status};
 
 use super::ending::{self, Ending};
+use super::helper::Helper;
 use super::mounts::{self, CONSOLE};
 use super::streams::Ports;
-use super::{Fault, container, start_agent};
+use super::{Fault, container};
 use crate::command::{self, Unable};
 use crate::place::Place;
 
@@ -26,25 +27,25 @@ const SIGPWR: i32 = 30;
 pub(crate) const PID_FILE: &str = "/run/strata/main";
 
 /// Sets the place up and runs what `session` asks for there; gives how the machine is to end.
-pub(super) fn run(session: &Session) -> Result<Ending, Fault> {
+pub(super) fn run(session: &Session, helper: Option<Helper>) -> Result<Ending, Fault> {
     // Before anything is started: nothing that ends may be missed.
     let mut signals = Signals::new([SIGCHLD, SIGINT, SIGTERM, SIGUSR1, SIGUSR2])
         .map_err(Fault::of("watch for signals"))?;
     let main = match &session.run {
-        Run::Shell | Run::Init => shell(session)?,
+        Run::Shell | Run::Init => shell(session, helper)?,
         Run::Wait => {
             enter(session)?;
-            start_agent(session);
+            start(helper);
             None
         }
         Run::Command {
             words,
             on_console: true,
-        } => on_console(session, words)?,
+        } => on_console(session, words, helper)?,
         Run::Command {
             words,
             on_console: false,
-        } => return on_ports(session, words, &mut signals),
+        } => return on_ports(session, words, helper, &mut signals),
     };
     // A shell that could not be started has said so.
     if main.is_none() && session.run != Run::Wait {
@@ -70,7 +71,12 @@ fn enter(session: &Session) -> Result<Place, Fault> {
     Place::of(session).map_err(Fault)
 }
 
-fn on_ports(session: &Session, words: &[Vec<u8>], signals: &mut Signals) -> Result<Ending, Fault> {
+fn on_ports(
+    session: &Session,
+    words: &[Vec<u8>],
+    helper: Option<Helper>,
+    signals: &mut Signals,
+) -> Result<Ending, Fault> {
     let mut ports = Ports::open()?;
     let place = enter(session);
     ports.tell("ready");
@@ -108,7 +114,7 @@ fn on_ports(session: &Session, words: &[Vec<u8>], signals: &mut Signals) -> Resu
         }
     };
     announce(main);
-    start_agent(session);
+    start(helper);
     let (status, ending) = wait_for(Some(main), signals);
     if let Some(status) = status {
         relays.finish();
@@ -117,19 +123,28 @@ fn on_ports(session: &Session, words: &[Vec<u8>], signals: &mut Signals) -> Resu
     Ok(ending)
 }
 
-fn shell(session: &Session) -> Result<Option<u32>, Fault> {
+fn shell(session: &Session, helper: Option<Helper>) -> Result<Option<u32>, Fault> {
     let place = enter(session)?;
     let words = [b"/bin/sh".to_vec(), b"-l".to_vec()];
-    Ok(start_on_console(session, place, &words))
+    Ok(start_on_console(session, place, &words, helper))
 }
 
-fn on_console(session: &Session, words: &[Vec<u8>]) -> Result<Option<u32>, Fault> {
+fn on_console(
+    session: &Session,
+    words: &[Vec<u8>],
+    helper: Option<Helper>,
+) -> Result<Option<u32>, Fault> {
     let place = enter(session)?;
-    Ok(start_on_console(session, place, words))
+    Ok(start_on_console(session, place, words, helper))
 }
 
 /// Greets, and starts a command with the console as its terminal.
-fn start_on_console(session: &Session, mut place: Place, words: &[Vec<u8>]) -> Option<u32> {
+fn start_on_console(
+    session: &Session,
+    mut place: Place,
+    words: &[Vec<u8>],
+    helper: Option<Helper>,
+) -> Option<u32> {
     let Size { rows, columns } = session.size.unwrap_or(Size {
         rows: 24,
         columns: 80,
@@ -169,8 +184,15 @@ fn start_on_console(session: &Session, mut place: Place, words: &[Vec<u8>]) -> O
         }
     };
     main.into_iter().for_each(announce);
-    start_agent(session);
+    start(helper);
     main
+}
+
+/// Starts the agent, now that what the machine is there for runs.
+fn start(helper: Option<Helper>) {
+    if let Some(helper) = helper {
+        helper.start();
+    }
 }
 
 /// Tells the agent which process is the main command.

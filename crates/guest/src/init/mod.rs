@@ -1,8 +1,9 @@
 //! Process 1: sets the guest up, runs what the session asks for, and ends the machine.
 
 mod container;
-mod drivers;
+pub(crate) mod drivers;
 mod ending;
+mod helper;
 pub(crate) mod main_command;
 mod mounts;
 mod network;
@@ -13,15 +14,12 @@ use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use strata_protocol::{Run, SESSION_PATH, Session};
 
 use self::ending::Ending;
-use crate::AGENT;
-
-/// Where the agent finds the session, within whichever root it gets.
-pub(crate) const SESSION_COPY: &str = "/run/strata/session";
+use self::helper::Helper;
 
 /// Why the guest cannot be set up.
 #[derive(Debug)]
@@ -52,6 +50,7 @@ fn boot() -> Result<Ending, Fault> {
     let console = mounts::open_console();
     let session = read_session()?;
     drivers::load();
+    let helper = Helper::prepare(&session);
     mounts::devices();
     network::set_up(&session);
     if let Err(error) = console {
@@ -59,8 +58,8 @@ fn boot() -> Result<Ending, Fault> {
         eprintln!("strata: the console: {error}");
     }
     match &session.run {
-        Run::Init => Err(become_init(&session)),
-        _ => main_command::run(&session),
+        Run::Init => Err(become_init(&session, helper)),
+        _ => main_command::run(&session, helper),
     }
 }
 
@@ -76,7 +75,7 @@ fn read_session() -> Result<Session, Fault> {
 }
 
 /// Gives the machine to the init of the image, and returns only if that fails.
-fn become_init(session: &Session) -> Fault {
+fn become_init(session: &Session, helper: Option<Helper>) -> Fault {
     let prepared = session
         .container
         .as_ref()
@@ -92,28 +91,9 @@ fn become_init(session: &Session) -> Fault {
     if let Err(fault) = container::enter().and_then(|()| mounts::folders(&session.mounts)) {
         return fault;
     }
-    start_agent(session);
+    if let Some(helper) = helper {
+        helper.start();
+    }
     let error = Command::new("/sbin/init").exec();
     Fault(format!("/sbin/init of the image cannot run: {error}"))
-}
-
-/// Starts the agent, which outlives everything but the machine. A guest without one can do all
-/// but what the agent does.
-fn start_agent(session: &Session) {
-    if !Path::new("/sys/module/vsock").exists() {
-        return;
-    }
-    let result = strata_protocol::write_session(session)
-        .map_err(io::Error::other)
-        .and_then(|bytes| {
-            fs::create_dir_all("/run/strata")?;
-            fs::write(SESSION_COPY, bytes)?;
-            Command::new("/proc/self/exe")
-                .arg0(AGENT)
-                .stdin(Stdio::null())
-                .spawn()
-        });
-    if let Err(error) = result {
-        eprintln!("strata: no agent: {error}");
-    }
 }

@@ -205,6 +205,7 @@ impl Wanted<'_> {
                 gateway: joined.gateway,
                 domain: DOMAIN.to_owned(),
             }),
+            sockets_first: self.args.vsock.is_some(),
             mounts: mounts(self.args),
         }
     }
