@@ -13,7 +13,8 @@ use crate::disk::DiskCommand;
 use crate::exit;
 use crate::image::ImageArgs;
 use crate::machines::{
-    CopyArgs, ExecArgs, KillArgs, LogsArgs, PsArgs, RemoveArgs, StatsArgs, StopArgs, WaitArgs,
+    AttachArgs, CopyArgs, ExecArgs, KillArgs, LogsArgs, PsArgs, RemoveArgs, StatsArgs, StopArgs,
+    WaitArgs,
 };
 use crate::units::{self, Disk, Module, Network, Volume};
 
@@ -49,6 +50,10 @@ pub(crate) enum Command {
     /// status is this one's: 126 and 127 as in a shell. In a machine with a kernel of its own there
     /// is nobody to ask.
     Exec(ExecArgs),
+    /// Print what a machine in the background prints, until it ends, and end with its status
+    ///
+    /// Ctrl-C and other signals go to its command; Ctrl-\ leaves, and the machine goes on.
+    Attach(AttachArgs),
     /// Print what a machine in the background printed
     Logs(LogsArgs),
     /// Copy files between this host and a machine that runs

@@ -62,6 +62,7 @@ fn main() -> ExitCode {
         }
         Command::Ps(args) => told(machines::ps(&args)),
         Command::Exec(args) => ended(machines::exec(&args)),
+        Command::Attach(args) => ended(machines::attach(&args)),
         Command::Logs(args) => ended(machines::logs(&args)),
         Command::Cp(args) => told(machines::copy(&args).map(|()| String::new())),
         Command::Stop(args) => machines::stop(&args),

@@ -47,16 +47,7 @@ pub(crate) struct LogsArgs {
 /// Prints the log.
 pub(crate) fn logs(args: &LogsArgs) -> Result<End, Fault> {
     let machine = find(&args.machine)?;
-    if machine.asked().ephemeral {
-        return Err(Fault::Usage(format!(
-            "the machine '{}' is not in the background: its output is where it was started",
-            machine.name()
-        )));
-    }
-    let run = arguments(&machine)?;
-    // Without a command, what happens is on the console.
-    let console = args.console || (run.image.is_none() && run.command.is_empty());
-    let mut reader = LogReader::open(&machine.directory().join(LOG));
+    let mut reader = open(&machine)?;
     if let Some(time) = args.since {
         let from = SystemTime::now().checked_sub(time).unwrap_or(UNIX_EPOCH);
         reader.since(from);
@@ -64,32 +55,41 @@ pub(crate) fn logs(args: &LogsArgs) -> Result<End, Fault> {
     if let Some(lines) = args.tail {
         reader.tail(lines)?;
     }
-    let mut printer = Printer {
-        console,
+    let printer = Printer {
+        console: args.console || is_console_all(&machine)?,
         timestamps: args.timestamps,
         at_start: true,
     };
-    loop {
-        // Before the log: what it prints last must not be missed.
-        let runs = args.follow && machine.state()?.is_running();
-        while let Some(entry) = next(&mut reader, runs)? {
-            match entry {
-                Entry::Record(record) => match printer.print(&record) {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                        return Ok(End::Done);
-                    }
-                    Err(error) => return Err(Fault::host("write the log")(error)),
-                },
-                Entry::Lost(bytes) => {
-                    report::say(&format!("{bytes} bytes are not in the log any more"));
-                }
-            }
-        }
-        if !runs {
-            return Ok(End::Done);
-        }
+    printer.print_all(&machine, &mut reader, args.follow)?;
+    Ok(End::Done)
+}
+
+/// Prints what a machine prints from now on, until it ends.
+pub(super) fn follow(machine: &Machine) -> Result<(), Fault> {
+    let mut reader = open(machine)?;
+    reader.tail(0)?;
+    let printer = Printer {
+        console: is_console_all(machine)?,
+        timestamps: false,
+        at_start: true,
+    };
+    printer.print_all(machine, &mut reader, true)
+}
+
+fn open(machine: &Machine) -> Result<LogReader, Fault> {
+    if machine.asked().ephemeral {
+        return Err(Fault::Usage(format!(
+            "the machine '{}' is not in the background: its output is where it was started",
+            machine.name()
+        )));
     }
+    Ok(LogReader::open(&machine.directory().join(LOG)))
+}
+
+/// Whether all that happens is on the console: there is no command.
+fn is_console_all(machine: &Machine) -> Result<bool, Fault> {
+    let run = arguments(machine)?;
+    Ok(run.image.is_none() && run.command.is_empty())
 }
 
 fn next(reader: &mut LogReader, follow: bool) -> Result<Option<Entry>, Fault> {
@@ -108,6 +108,34 @@ struct Printer {
 }
 
 impl Printer {
+    /// Prints all there is, and with `follow` all that comes until the machine ends.
+    fn print_all(
+        mut self,
+        machine: &Machine,
+        reader: &mut LogReader,
+        follow: bool,
+    ) -> Result<(), Fault> {
+        loop {
+            // Before the log: what it prints last must not be missed.
+            let runs = follow && machine.state()?.is_running();
+            while let Some(entry) = next(reader, runs)? {
+                match entry {
+                    Entry::Record(record) => match self.print(&record) {
+                        Ok(()) => {}
+                        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+                        Err(error) => return Err(Fault::host("write the log")(error)),
+                    },
+                    Entry::Lost(bytes) => {
+                        report::say(&format!("{bytes} bytes are not in the log any more"));
+                    }
+                }
+            }
+            if !runs {
+                return Ok(());
+            }
+        }
+    }
+
     fn print(&mut self, record: &Record) -> io::Result<()> {
         let is_console = record.stream == Stream::Console;
         if is_console != self.console {

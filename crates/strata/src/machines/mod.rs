@@ -7,6 +7,7 @@
 //! ```
 
 mod agent;
+mod attach;
 mod copy;
 mod detach;
 mod exec;
@@ -22,6 +23,7 @@ use clap::Parser;
 use strata_machines::{Machine, Registry};
 use strata_protocol::FailureKind;
 
+pub(crate) use self::attach::{AttachArgs, attach};
 pub(crate) use self::copy::{CopyArgs, copy};
 pub(crate) use self::detach::{MACHINE, become_machine, run_detached, spec, start, tell_started};
 pub(crate) use self::exec::{ExecArgs, exec};

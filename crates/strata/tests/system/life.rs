@@ -1,10 +1,11 @@
 //! Machines in the background: started, looked into, stopped, found again after a kill.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -177,6 +178,44 @@ fn the_status_of_a_command_in_the_background_is_kept() {
         user.strata(&["logs", "-f", &name]).expect(0).text(),
         "last words\n"
     );
+}
+
+#[test]
+fn who_attaches_sees_what_comes_passes_signals_and_gets_the_status() {
+    let user = User::new();
+    let line = "echo before; trap 'echo caught; exit 6' INT; \
+        while :; do [ -e /tmp/go ] && { rm /tmp/go; echo after; }; sleep 0.1; done";
+    let name = user.start(&[], line);
+    user.wait_for_log(&name, "before\n");
+    let mut command = user.command(&["attach", &name]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut shown = BufReader::new(child.stdout.take().unwrap());
+    let mut next = || {
+        let mut line = String::new();
+        shown.read_line(&mut line).unwrap();
+        line
+    };
+    // It may not have begun to look yet: then it sees the next one.
+    let asking = AtomicBool::new(true);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while asking.load(Ordering::Relaxed) {
+                user.exec(&name, "touch /tmp/go");
+                thread::sleep(Duration::from_millis(200));
+            }
+        });
+        assert_eq!(next(), "after\n");
+        asking.store(false, Ordering::Relaxed);
+    });
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let mut last = next();
+    while last == "after\n" {
+        last = next();
+    }
+    assert_eq!(last, "caught\n");
+    assert_eq!(child.wait().unwrap().code(), Some(6));
+    let ended = user.strata(&["attach", &name]).expect(1);
+    assert!(ended.stderr.contains("is not running"), "{}", ended.stderr);
 }
 
 #[test]
