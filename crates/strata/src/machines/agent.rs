@@ -47,7 +47,7 @@ impl Agent {
         let path = machine.directory().join(SOCKET);
         let end = Instant::now() + patience;
         let stream = loop {
-            match connect(&path) {
+            match connect(&path, end) {
                 Ok(stream) => break stream,
                 Err(error) if Instant::now() >= end => return Err(none(&error.to_string())),
                 Err(_) => {}
@@ -65,12 +65,20 @@ impl Agent {
             .and_then(|()| Greeting::receive(&mut from))
             .and_then(|_| write(&mut to, request))
             .map_err(Fault::Broken)?;
-        Ok(Self { to, from })
+        let agent = Self { to, from };
+        agent.wait_for(None)?;
+        Ok(agent)
     }
 
     /// Asks for something whose answer is one message.
     pub(super) fn get(machine: &Machine, request: &Request) -> Result<Reply, Fault> {
         Self::ask(machine, request)?.reply()
+    }
+
+    /// How long [`Self::reply`] waits: for ever where `None`.
+    pub(super) fn wait_for(&self, time: Option<Duration>) -> Result<(), Fault> {
+        let set = self.to.set_read_timeout(time);
+        set.map_err(Fault::host("use a socket"))
     }
 
     /// The next message. What the guest refuses is an error.
@@ -94,9 +102,12 @@ impl Agent {
     }
 }
 
-/// Connects to the agent's port as hybrid vsock has it: a line each way, and then its bytes.
-fn connect(path: &Path) -> io::Result<UnixStream> {
+/// Connects to the agent's port as hybrid vsock has it: a line each way, and then its bytes. A guest
+/// that does nothing any more does not answer, so nothing is waited for beyond `end`.
+fn connect(path: &Path, end: Instant) -> io::Result<UnixStream> {
     let mut stream = UnixStream::from(sockets::connect(path, SocketType::STREAM)?);
+    let left = end.saturating_duration_since(Instant::now());
+    stream.set_read_timeout(Some(left.max(PAUSE)))?;
     stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
     let mut line = Vec::new();
     // Byte by byte: what comes after the line is not ours to take.

@@ -175,8 +175,10 @@ fn look(machines: &[Machine], before: &mut Seen) -> Vec<Usage> {
 }
 
 fn ask(machine: &Machine) -> Option<Guest> {
-    let reply =
-        Agent::ask_within(machine, &Request::Measure, PATIENCE).and_then(|mut agent| agent.reply());
+    let reply = Agent::ask_within(machine, &Request::Measure, PATIENCE).and_then(|mut agent| {
+        agent.wait_for(Some(PATIENCE))?;
+        agent.reply()
+    });
     match reply {
         Ok(Reply::Statistics(statistics)) => Some(statistics.into()),
         Ok(_) => None,

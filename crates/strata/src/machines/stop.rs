@@ -61,8 +61,11 @@ fn stop_one(machine: &Machine, time: Duration) -> Result<(), Fault> {
     if !machine.state()?.is_running() {
         return Ok(());
     }
-    let asked = Agent::ask_within(machine, &Request::Stop, HEARING.min(time))
-        .and_then(|mut agent| agent.reply());
+    let asked =
+        Agent::ask_within(machine, &Request::Stop, HEARING.min(time)).and_then(|mut agent| {
+            agent.wait_for(Some(HEARING))?;
+            agent.reply()
+        });
     match asked {
         // It may go down before it has answered.
         Ok(_) | Err(Fault::Broken(_)) => {

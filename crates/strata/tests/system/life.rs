@@ -236,6 +236,17 @@ fn a_killed_machine_is_known_to_be_lost() {
 }
 
 #[test]
+fn a_machine_that_does_nothing_any_more_can_be_stopped() {
+    let user = User::new();
+    let name = user.start(&[], "sleep 1000");
+    user.exec(&name, "true").expect(0);
+    let pid = user.machine(&name)["pid"].as_i64().unwrap();
+    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::STOP).unwrap();
+    user.strata(&["stop", "-t", "1s", &name]).expect(0);
+    assert_eq!(user.state(&name), "lost");
+}
+
+#[test]
 fn what_is_wrong_with_a_machine_in_the_background_is_said_at_once() {
     let user = User::new();
     let ended = user
@@ -345,7 +356,8 @@ fn a_thousand_programs_in_a_row_leave_nothing_behind() {
     let user = User::new();
     let name = user.start(&[], "sleep 1000");
     let count = |user: &User| {
-        let line = "ls /proc | grep -c '^[0-9]'; \
+        // Threads of the kernel come and go, and have no command line.
+        let line = "for p in /proc/[0-9]*; do tr -d '\\0' <$p/cmdline; echo; done | grep -c .; \
             for p in /proc/[0-9]*; do read c <$p/comm; [ $c = strata-agent ] && \
             { ls $p/fd | wc -l; ls $p/task | wc -l; }; done; true";
         user.exec(&name, line).expect(0).text()
