@@ -15,6 +15,7 @@ mod command;
 mod init;
 mod place;
 mod sys;
+mod terminal;
 
 use std::process::{self, ExitCode};
 

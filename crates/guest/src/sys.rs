@@ -2,13 +2,16 @@
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use libc::{c_char, c_short};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketType, socket};
-use rustix::process::{Gid, Signal, Uid, ioctl_tiocsctty, setsid};
+use rustix::process::{
+    Gid, Pid, Signal, Uid, ioctl_tiocsctty, kill_process, kill_process_group, setsid,
+};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 /// Who a program runs as.
@@ -64,8 +67,30 @@ pub(crate) fn signal(number: u8) -> Option<Signal> {
     Some(unsafe { Signal::from_raw_unchecked(number.into()) })
 }
 
+/// Sends a program a signal as a terminal would: those of keys and of a hang-up to its whole process
+/// group, which it leads.
+pub(crate) fn pass(signal: Signal, to: Pid) -> rustix::io::Result<()> {
+    match signal {
+        Signal::INT | Signal::QUIT | Signal::HUP => kill_process_group(to, signal),
+        _ => kill_process(to, signal),
+    }
+}
+
+/// A descriptor that process 1 left open for this process: no other has it from now on, nor does what
+/// is started from here. Each may be taken once.
+pub(crate) fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: descriptors of standard streams are not given, and what process 1 passes is used by
+    // nobody else here. That it is open is seen before it is owned.
+    let fd = unsafe {
+        let borrowed = BorrowedFd::borrow_raw(number.max(3));
+        fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
+        OwnedFd::from_raw_fd(borrowed.as_raw_fd())
+    };
+    Ok(fd)
+}
+
 /// Makes streams belong to a program's user, or it could not open them anew.
-pub(crate) fn give(streams: [&OwnedFd; 3], identity: &Identity) {
+pub(crate) fn give<const N: usize>(streams: [&OwnedFd; N], identity: &Identity) {
     for stream in streams {
         let (user, group) = (Uid::from_raw(identity.user), Gid::from_raw(identity.group));
         let _ = rustix::fs::fchown(stream, Some(user), Some(group));

@@ -132,7 +132,7 @@ pub fn read_session(mut bytes: &[u8]) -> Result<Session, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Input, Reply, Request, Run, Status, Stream};
+    use crate::{Input, Reply, Request, Run, Status, Stream, Streams};
 
     #[test]
     fn messages_come_back_one_by_one() {
@@ -193,9 +193,9 @@ mod tests {
 
     #[test]
     fn another_version_is_told_from_another_protocol() {
-        let newer = Greeting { version: 2 }.bytes();
+        let newer = Greeting { version: 77 }.bytes();
         let result = Greeting::receive(&mut newer.as_slice());
-        assert!(matches!(result, Err(Error::Version(2))));
+        assert!(matches!(result, Err(Error::Version(77))));
         let result = Greeting::receive(&mut b"HTTP/1.1 200".as_slice());
         assert!(matches!(result, Err(Error::Foreign)));
         let mut ours = Vec::new();
@@ -212,7 +212,7 @@ mod tests {
             name: Some("web".to_owned()),
             run: Run::Command {
                 words: vec![b"cat".to_vec(), b"\xff".to_vec()],
-                on_console: false,
+                streams: Streams::Attached,
             },
             ..Session::default()
         };

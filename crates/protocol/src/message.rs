@@ -13,6 +13,14 @@ pub struct Size {
     pub columns: u16,
 }
 
+impl Size {
+    /// That of a terminal of which nobody knows it.
+    pub const USUAL: Self = Self {
+        rows: 24,
+        columns: 80,
+    };
+}
+
 /// What the host asks for: the first message on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
@@ -23,6 +31,12 @@ pub enum Request {
     /// [`Reply::Started`], [`Reply::Output`] and at last [`Reply::Ended`]. The program gets SIGHUP
     /// when the connection goes before.
     Exec(Exec),
+    /// The host takes part in the main command: it goes on with [`Input`], of which the data is for
+    /// a command that [takes input from there](crate::Streams::takes_input). The guest answers
+    /// [`Reply::Started`], and [`Reply::Done`] when the command has ended or will take no more. What
+    /// it writes goes the way that it always goes. Several may be attached, and the connection may
+    /// go at any time.
+    Attach,
     /// A signal to the main command. Answered by [`Reply::Done`].
     Signal(u8),
     /// The main command is to end, and with it the machine: by the image's stop signal, or
@@ -88,7 +102,8 @@ pub enum Input {
     End,
     /// The terminal has another size.
     Resize(Size),
-    /// A signal to the program.
+    /// A signal to the program: to its whole process group if terminals send it for a key or when
+    /// they go (SIGINT, SIGQUIT, SIGHUP), else to the program alone.
     Signal(u8),
 }
 
@@ -108,6 +123,8 @@ pub enum Reply {
     Done,
     /// It cannot be done.
     Failed(Failure),
+    /// The program is about to be started.
+    Starting,
     /// The program runs.
     Started {
         /// Its process number in the guest.

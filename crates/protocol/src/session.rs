@@ -6,16 +6,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::Size;
 
-/// Names of the virtio-console ports that carry a command: what it reads, what it writes and
-/// writes as errors, and a port on which the guest tells lines of text: `ready` when the command
-/// is about to start, then `exit N` with its status, 128 + n where signal n ended it. The machine
-/// must have them in this order: the guest concludes from the last that the first are open.
-pub const PORTS: [&str; 4] = [
-    "strata.stdin",
-    "strata.stdout",
-    "strata.stderr",
-    "strata.status",
-];
+/// Names of the virtio-console ports that carry a main command's streams: what it reads, what it
+/// writes, and what it writes as errors.
+pub const STREAM_PORTS: [&str; 3] = ["strata.stdin", "strata.stdout", "strata.stderr"];
+
+/// Name of the virtio-console port that stands for the main command itself. In frames, and without
+/// a [`crate::Greeting`], as the session has said the version: the guest tells
+/// [`crate::Reply::Starting`] and [`crate::Reply::Ended`], the host [`crate::Input::Signal`] and
+/// [`crate::Input::Resize`]. A machine has this port behind those of the streams: the guest
+/// concludes from it that they are open.
+pub const CONTROL_PORT: &str = "strata.control";
 
 /// What a guest is to do. It learns it at boot, from a file of its initramfs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,20 +41,41 @@ pub struct Session {
 /// What runs in a guest, and with which streams.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Run {
-    /// A shell on the console.
+    /// A shell on the console, for those who boot the guest's file system without Strata.
     #[default]
     Shell,
     /// A command; the machine ends with it.
     Command {
         /// The program and its arguments.
         words: Vec<Vec<u8>>,
-        /// Its streams are the console instead of the ports.
-        on_console: bool,
+        /// Where they lead.
+        streams: Streams,
     },
     /// Nothing by itself: the machine waits for what is executed in it, until it is stopped.
     Wait,
     /// The container image's own init, which has the machine to itself.
     Init,
+}
+
+/// Where a main command's streams lead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Streams {
+    /// To the console, which is its terminal.
+    Console,
+    /// To the [`STREAM_PORTS`].
+    Ports,
+    /// The output to the ports; the input comes from whoever attaches ([`crate::Request::Attach`]).
+    Attached,
+    /// To a terminal of its own. What it shows goes to the port of the standard output; what is
+    /// typed comes from whoever attaches.
+    Terminal(Size),
+}
+
+impl Streams {
+    /// Whether those who attach give the input.
+    pub fn takes_input(self) -> bool {
+        matches!(self, Self::Attached | Self::Terminal(_))
+    }
 }
 
 /// What a guest is told of its network instead of having it ask.

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -50,9 +51,11 @@ pub(crate) enum Command {
     /// status is this one's: 126 and 127 as in a shell. In a machine with a kernel of its own there
     /// is nobody to ask.
     Exec(ExecArgs),
-    /// Print what a machine in the background prints, until it ends, and end with its status
+    /// Take part in the command of a machine in the background, as if it ran here
     ///
-    /// Ctrl-C and other signals go to its command; Ctrl-\ leaves, and the machine goes on.
+    /// What it prints from now on is printed here; what is typed is its input, if the machine was run
+    /// with -i or -t; signals go to it, and its status is this one's. Ctrl-\ leaves, and on a
+    /// terminal that was made with -t it is Ctrl-A d; the machine goes on.
     Attach(AttachArgs),
     /// Print what a machine in the background printed
     Logs(LogsArgs),
@@ -176,6 +179,16 @@ pub(crate) struct RunArgs {
     #[arg(short, long, conflicts_with_all = ["console_log", "stats"])]
     pub(crate) detach: bool,
 
+    /// Give the command input: in the foreground it has this process's anyway, in the background it
+    /// gets what 'strata attach' gives it
+    #[arg(short, long, conflicts_with = "kernel")]
+    pub(crate) interactive: bool,
+
+    /// Give the command a terminal: this one, or in the background one of its own, which 'strata
+    /// attach' leads to
+    #[arg(short, long, conflicts_with = "kernel")]
+    pub(crate) tty: bool,
+
     /// Container image to run the command in, one that 'strata image pull' has fetched. Without
     /// -- CMD it is the image's own; with it, CMD stands in place of the image's arguments
     #[arg(long, value_name = "NAME", conflicts_with = "kernel")]
@@ -269,6 +282,15 @@ impl RunArgs {
                  after --.\n",
             );
         }
+        if self.init == Init::Image && (self.interactive || self.tty) {
+            return refuse(
+                "with --init image there is no command that -i and -t could be for.\nLeave them \
+                 out, and look in with 'strata exec -it'.\n",
+            );
+        }
+        if self.tty && !self.detach && !std::io::stdin().is_terminal() {
+            return refuse("-t needs a terminal on standard input.\nLeave it out.\n");
+        }
         if self.command.first().is_some_and(|word| word.is_empty()) {
             return refuse("the command after -- is empty.\n");
         }
@@ -277,6 +299,13 @@ impl RunArgs {
 }
 
 impl RunArgs {
+    /// Whether something runs in the machine that it ends with, if it is in the background.
+    pub(crate) fn has_main_command(&self) -> bool {
+        let asked_for = !self.command.is_empty() || self.image.is_some();
+        let is_ours = self.kernel.is_none() && self.init == Init::Strata;
+        is_ours && (asked_for || self.interactive || self.tty)
+    }
+
     /// The network that the machine is to have.
     pub(crate) fn network(&self) -> Network {
         let implied = if self.forwards.is_empty() {

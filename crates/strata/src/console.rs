@@ -11,15 +11,15 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use strata_machines::{LogWriter, Stream as LogStream};
 
-use crate::keys::{self, Key, Keys};
+use crate::keys::{Key, Keys, Subject};
 use crate::report::Stderr;
-use crate::streams::{Stream, read_stdin};
+use crate::streams::{Queue, Stream, read_stdin};
 use crate::supervisor::{Stop, Stopper};
 
 /// How much of the console's output is kept for error reports, bytes.
@@ -249,8 +249,7 @@ impl Read for PipeInput {
 /// What is typed on the terminal, less the console's own keys.
 pub(crate) struct KeyInput {
     gate: Gate,
-    typed: Receiver<Vec<u8>>,
-    rest: VecDeque<u8>,
+    typed: Queue,
 }
 
 /// What will read the terminal for a [`KeyInput`].
@@ -266,7 +265,7 @@ impl Typist {
         thread::Builder::new()
             .name("keys".to_owned())
             .spawn(move || {
-                let mut keys = Keys::default();
+                let mut keys = Keys::new(Subject::Console);
                 let mut buffer = [0; 1024];
                 loop {
                     let count = read_stdin(&mut buffer);
@@ -277,8 +276,11 @@ impl Typist {
                     for byte in &buffer[..count] {
                         match keys.feed(*byte) {
                             Key::Send(byte) => send.push(byte),
-                            Key::Quit => stopper.stop(Stop::Quit),
-                            Key::Help => drop(Stream::Stderr.write(keys::HELP.as_bytes())),
+                            Key::Leave => stopper.stop(Stop::Quit),
+                            Key::Help => {
+                                let help = Subject::Console.help();
+                                drop(Stream::Stderr.write(help.as_bytes()));
+                            }
                             Key::Nothing => {}
                         }
                     }
@@ -299,21 +301,15 @@ impl KeyInput {
             stopper,
             typed: sender,
         };
-        let rest = VecDeque::new();
-        (Self { gate, typed, rest }, typist)
+        let typed = Queue::from(typed);
+        (Self { gate, typed }, typist)
     }
 }
 
 impl Read for KeyInput {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.gate.wait();
-        if self.rest.is_empty() {
-            match self.typed.recv() {
-                Ok(bytes) => self.rest.extend(bytes),
-                Err(_) => return Ok(0),
-            }
-        }
-        self.rest.read(buffer)
+        self.typed.read(buffer)
     }
 }
 

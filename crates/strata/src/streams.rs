@@ -3,8 +3,10 @@
 //! They may be in non-blocking mode, set by another process that shares them; reads and
 //! writes here wait all the same. Called by `console` and `command` on I/O threads.
 
-use std::io::{self, ErrorKind};
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read};
 use std::os::fd::BorrowedFd;
+use std::sync::mpsc::Receiver;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -23,6 +25,32 @@ pub(crate) fn read_stdin(buffer: &mut [u8]) -> usize {
                 return 0;
             }
         }
+    }
+}
+
+/// Pieces from another thread as a stream; at its end when nobody can send more.
+#[derive(Debug)]
+pub(crate) struct Queue {
+    pieces: Receiver<Vec<u8>>,
+    rest: VecDeque<u8>,
+}
+
+impl From<Receiver<Vec<u8>>> for Queue {
+    fn from(pieces: Receiver<Vec<u8>>) -> Self {
+        let rest = VecDeque::new();
+        Self { pieces, rest }
+    }
+}
+
+impl Read for Queue {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.rest.is_empty() {
+            match self.pieces.recv() {
+                Ok(bytes) => self.rest.extend(bytes),
+                Err(_) => return Ok(0),
+            }
+        }
+        self.rest.read(buffer)
     }
 }
 

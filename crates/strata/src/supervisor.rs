@@ -10,10 +10,14 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGTSTP};
+use rustix::process::Signal;
+use signal_hook::consts::{
+    SIGCONT, SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2, SIGWINCH,
+};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
+use crate::command::Control;
 use crate::exit::End;
 use crate::report;
 use crate::terminal;
@@ -97,16 +101,18 @@ impl Supervisor {
         self.stopper.clone()
     }
 
-    /// Catches signals, which wait until [`Caught::watch`] looks at them. With
-    /// `keep_terminal`, suspends and continues the process with the terminal in the right mode.
-    pub(crate) fn catch_signals(&self, keep_terminal: bool) -> io::Result<Caught> {
-        let mut wanted = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT];
-        if keep_terminal {
-            wanted.extend([SIGTSTP, SIGCONT]);
+    /// Catches signals, which wait until [`Caught::watch`] looks at them.
+    pub(crate) fn catch_signals(&self, audience: Audience) -> io::Result<Caught> {
+        let mut wanted = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT, END.as_raw()];
+        match &audience {
+            Audience::Terminal(_) => wanted.extend([SIGTSTP, SIGCONT, SIGWINCH]),
+            Audience::Command(_) => wanted.extend([SIGUSR1, SIGUSR2]),
+            Audience::Nobody => {}
         }
         Ok(Caught {
             signals: Signals::new(wanted)?,
             stopper: self.stopper(),
+            audience,
         })
     }
 
@@ -146,41 +152,102 @@ impl Supervisor {
     }
 }
 
+/// Who is interested in signals beside the machine.
+#[derive(Debug)]
+pub(crate) enum Audience {
+    /// Nobody.
+    Nobody,
+    /// The command: it gets them as if it ran here.
+    Command(Control),
+    /// The terminal, which has to be in the right mode whenever the process runs; its size is the
+    /// command's, if there is one.
+    Terminal(Option<Control>),
+}
+
 /// Signals that no longer do what they do by default.
 #[derive(Debug)]
 pub(crate) struct Caught {
     signals: Signals,
     stopper: Stopper,
+    audience: Audience,
 }
 
 impl Caught {
-    /// Turns signals into reasons to stop, those too that came before.
-    pub(crate) fn watch(self) -> io::Result<()> {
-        let Self {
-            mut signals,
-            stopper,
-        } = self;
+    /// Passes signals on, or turns them into reasons to stop, those too that came before.
+    pub(crate) fn watch(mut self) -> io::Result<()> {
         thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || {
                 let mut stopping = false;
-                for signal in &mut signals {
-                    match signal {
-                        SIGTSTP => {
+                let mut insistence = Insistence::default();
+                for signal in &mut self.signals {
+                    match (signal, &self.audience) {
+                        (SIGTSTP, _) => {
                             terminal::restore();
                             let _ = emulate_default_handler(SIGTSTP);
                         }
-                        SIGCONT => drop(terminal::set_raw()),
+                        (SIGCONT, _) => drop(terminal::set_raw()),
+                        (SIGWINCH, Audience::Terminal(control)) => {
+                            if let (Some(control), Some(size)) = (control, terminal::size()) {
+                                control.resize(size);
+                            }
+                        }
                         // Who asks twice does not want to wait.
-                        _ if stopping => leave(End::Signal(signal)),
+                        _ if stopping => leave(End::Signal(end_by(signal))),
+                        (number, Audience::Command(control))
+                            if number != END.as_raw()
+                                && !insistence.is_enough(number)
+                                && control.signal(number) => {}
+                        (SIGUSR1 | SIGUSR2, _) => {}
                         _ => {
                             stopping = true;
-                            stopper.stop(Stop::Signal(signal));
+                            self.stopper.stop(Stop::Signal(end_by(signal)));
                         }
                     }
                 }
-            })?;
-        Ok(())
+            })
+            .map(drop)
+    }
+}
+
+/// What ends a machine whether its command would or not. Nobody else sends it.
+pub(crate) const END: Signal = Signal::POWER;
+
+/// By which signal a process ended that this one stopped.
+fn end_by(signal: i32) -> i32 {
+    if signal == END.as_raw() {
+        SIGTERM
+    } else {
+        signal
+    }
+}
+
+/// Signals that are to end a command come too close together to mean anything else.
+const SOON: Duration = Duration::from_secs(2);
+
+/// Remembers how often the command was told to end, and did not.
+#[derive(Debug, Default)]
+struct Insistence {
+    last: Option<Instant>,
+    times: u8,
+}
+
+impl Insistence {
+    /// Whether a third such signal follows soon on two others. The second says so.
+    fn is_enough(&mut self, signal: i32) -> bool {
+        if matches!(signal, SIGUSR1 | SIGUSR2) {
+            return false;
+        }
+        let now = Instant::now();
+        if self.last.is_none_or(|last| now.duration_since(last) > SOON) {
+            self.times = 0;
+        }
+        self.last = Some(now);
+        self.times += 1;
+        if self.times == 2 {
+            report::say("the command was told and goes on; once more ends the machine");
+        }
+        self.times > 2
     }
 }
 

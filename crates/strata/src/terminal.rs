@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use strata_protocol::Size;
 
 use crate::guard::Guard;
 
@@ -94,8 +95,11 @@ pub(crate) fn is_raw() -> bool {
     modes().as_ref().is_some_and(|modes| modes.is_raw)
 }
 
-/// Rows and columns of the terminal on standard output, where it is one and knows.
-pub(crate) fn size() -> Option<(u16, u16)> {
+/// Size of the terminal on standard output, where it is one and knows.
+pub(crate) fn size() -> Option<Size> {
     let size = tcgetwinsize(io::stdout()).ok()?;
-    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+    (size.ws_row > 0 && size.ws_col > 0).then_some(Size {
+        rows: size.ws_row,
+        columns: size.ws_col,
+    })
 }

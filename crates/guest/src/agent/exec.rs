@@ -1,26 +1,22 @@
 //! Programs that the host starts in the guest: their streams, terminal, signals and end.
 
-use std::collections::VecDeque;
 use std::io::BufReader;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
-use strata_protocol::{
-    Exec, Failure, FailureKind, Input, MAX_DATA, Reply, Size, Status, Stream, read, write,
-};
+use strata_protocol::{Exec, Failure, FailureKind, MAX_DATA, Reply, Size, Status, Stream};
 use vsock::VsockStream;
 
+use super::inlet::{Inlet, Taken, Watched, wait_for};
 use super::{Agent, Answer, failed};
 use crate::command::{self, Unable};
 use crate::place::{add_variables, word};
-use crate::sys;
+use crate::{sys, terminal};
 
 impl Agent {
     /// Starts a program and serves it until its end.
@@ -111,12 +107,7 @@ struct Ends {
 type Streams = (Ends, [OwnedFd; 3]);
 
 fn on_terminal(size: Size) -> Result<Streams, Errno> {
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let master = openpt(flags)?;
-    grantpt(&master)?;
-    unlockpt(&master)?;
-    let terminal = ioctl_tiocgptpeer(&master, flags)?;
-    set_size(&master, size);
+    let (master, terminal) = terminal::open(size)?;
     let copy = |of: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(of, 0);
     let ends = Ends {
         input: Some(copy(&master)?),
@@ -140,16 +131,6 @@ fn on_pipes(input: bool) -> Result<Streams, Errno> {
     Ok((ends, [stdin, stdout, stderr]))
 }
 
-fn set_size(terminal: &impl AsFd, size: Size) {
-    let size = Winsize {
-        ws_row: size.rows,
-        ws_col: size.columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    let _ = tcsetwinsize(terminal, size);
-}
-
 /// How much of what a program wrote is still taken after its end, bytes: more than a pipe holds.
 /// What it left running could go on for ever.
 const LAST: usize = 1 << 20;
@@ -157,16 +138,11 @@ const LAST: usize = 1 << 20;
 /// A program that runs.
 struct Program<'a> {
     child: Child,
-    pid: Pid,
     /// Is readable when the program has ended.
     end: OwnedFd,
-    ends: Ends,
-    /// Input that the program has not taken yet, and whether that is all.
-    pending: VecDeque<u8>,
-    input_ended: bool,
-    /// Where the host is, until it has gone.
-    host: Option<&'a VsockStream>,
-    from: BufReader<&'a VsockStream>,
+    inlet: Inlet<'a>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
 }
 
 /// Who can be served.
@@ -188,15 +164,13 @@ impl<'a> Program<'a> {
     ) -> Result<Self, Failure> {
         let pid = Pid::from_child(&child);
         let watch = || {
-            for stream in [&ends.input, &ends.stdout, &ends.stderr]
-                .into_iter()
-                .flatten()
-            {
+            for stream in [&ends.stdout, &ends.stderr].into_iter().flatten() {
                 rustix::io::ioctl_fionbio(stream, true)?;
             }
-            pidfd_open(pid, PidfdFlags::empty())
+            let inlet = Inlet::new(pid, ends.input, ends.terminal, host, from)?;
+            Ok::<_, Errno>((pidfd_open(pid, PidfdFlags::empty())?, inlet))
         };
-        let end = watch()
+        let (end, inlet) = watch()
             .map_err(failed("watch the program"))
             .inspect_err(|_| {
                 let _ = child.kill();
@@ -204,13 +178,10 @@ impl<'a> Program<'a> {
             })?;
         Ok(Self {
             child,
-            pid,
             end,
-            ends,
-            pending: VecDeque::new(),
-            input_ended: false,
-            host: Some(host),
-            from,
+            inlet,
+            stdout: ends.stdout,
+            stderr: ends.stderr,
         })
     }
 
@@ -220,11 +191,11 @@ impl<'a> Program<'a> {
         let mut left = LAST;
         loop {
             let ready = self.wait().map_err(failed("wait for the program"))?;
-            if ready.host {
-                self.take();
+            if ready.host && self.inlet.take() == Taken::Gone {
+                self.hang_up();
             }
             if ready.input {
-                self.feed();
+                self.inlet.feed();
             }
             let mut count = 0;
             if ready.stdout {
@@ -253,43 +224,21 @@ impl<'a> Program<'a> {
     }
 
     fn wait(&self) -> Result<Ready, Errno> {
-        // While the program does not take what it has, no more is taken from the host.
-        let has_room = self.pending.len() < MAX_DATA;
-        if has_room && self.host.is_some() && !self.from.buffer().is_empty() {
+        if self.inlet.has_message() {
             return Ok(Ready {
                 host: true,
                 ..Ready::default()
             });
         }
-        let host = self.host.map(|host| host.as_fd());
-        let input = self
-            .ends
-            .input
-            .as_ref()
-            .filter(|_| !self.pending.is_empty());
-        let if_room = if has_room {
-            PollFlags::IN
-        } else {
-            PollFlags::empty()
-        };
+        let [host, input] = self.inlet.waits_for();
         let watched = [
-            (Some(self.end.as_fd()), PollFlags::IN),
-            (host, if_room),
-            (input.map(AsFd::as_fd), PollFlags::OUT),
-            (self.ends.stdout.as_ref().map(AsFd::as_fd), PollFlags::IN),
-            (self.ends.stderr.as_ref().map(AsFd::as_fd), PollFlags::IN),
+            Some((self.end.as_fd(), PollFlags::IN)),
+            host,
+            input,
+            to_read(self.stdout.as_ref()),
+            to_read(self.stderr.as_ref()),
         ];
-        let mut fds: Vec<PollFd<'_>> = watched
-            .into_iter()
-            .filter_map(|(fd, flags)| Some(PollFd::from_borrowed_fd(fd?, flags)))
-            .collect();
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
-        let mut polled = fds.iter().map(|fd| !fd.revents().is_empty());
-        let [end, host, input, stdout, stderr] =
-            watched.map(|(fd, _)| fd.is_some() && polled.next().unwrap_or(false));
+        let [end, host, input, stdout, stderr] = wait_for(watched)?;
         Ok(Ready {
             end,
             host,
@@ -299,64 +248,11 @@ impl<'a> Program<'a> {
         })
     }
 
-    /// Takes the next message of the host's.
-    fn take(&mut self) {
-        match read(&mut self.from) {
-            Ok(Some(Input::Data(data))) => {
-                if self.ends.input.is_some() && !self.input_ended {
-                    self.pending.extend(data);
-                    self.feed();
-                }
-            }
-            Ok(Some(Input::End)) => {
-                if self.ends.terminal {
-                    self.pending.push_back(END_OF_TRANSMISSION);
-                }
-                self.input_ended = true;
-                self.feed();
-            }
-            Ok(Some(Input::Resize(size))) => {
-                if let (true, Some(terminal)) = (self.ends.terminal, &self.ends.stdout) {
-                    set_size(terminal, size);
-                }
-            }
-            Ok(Some(Input::Signal(number))) => {
-                if let Some(signal) = sys::signal(number) {
-                    let _ = kill_process_group(self.pid, signal);
-                }
-            }
-            Ok(None) | Err(_) => self.hang_up(),
-        }
-    }
-
-    /// Gives the program what it takes of its input.
-    fn feed(&mut self) {
-        let Some(input) = &self.ends.input else {
-            return;
-        };
-        while !self.pending.is_empty() {
-            match rustix::io::write(input, self.pending.as_slices().0) {
-                Ok(count) => drop(self.pending.drain(..count)),
-                Err(Errno::AGAIN) => return,
-                Err(Errno::INTR) => {}
-                // It does not read any more.
-                Err(_) => {
-                    self.pending.clear();
-                    self.ends.input = None;
-                    return;
-                }
-            }
-        }
-        if self.input_ended {
-            self.ends.input = None;
-        }
-    }
-
     /// Sends the next piece of what the program wrote; gives its length.
     fn forward(&mut self, stream: Stream, piece: &mut [u8]) -> usize {
         let end = match stream {
-            Stream::Stdout => &mut self.ends.stdout,
-            Stream::Stderr => &mut self.ends.stderr,
+            Stream::Stdout => &mut self.stdout,
+            Stream::Stderr => &mut self.stderr,
         };
         let Some(from) = end else { return 0 };
         match rustix::io::read(from, &mut *piece) {
@@ -366,7 +262,7 @@ impl<'a> Program<'a> {
                 0
             }
             Ok(count) => {
-                if self.host.is_some() {
+                if !self.inlet.is_gone() {
                     self.tell(&Reply::Output(stream, piece[..count].to_vec()));
                 }
                 count
@@ -376,28 +272,25 @@ impl<'a> Program<'a> {
     }
 
     fn tell(&mut self, reply: &Reply) {
-        if let Some(mut host) = self.host
-            && write(&mut host, reply).is_err()
-        {
+        if !self.inlet.tell(reply) {
             self.hang_up();
         }
     }
 
     /// The host has gone: the program learns of it as from a terminal.
     fn hang_up(&mut self) {
-        self.host = None;
-        self.pending.clear();
-        self.ends.input = None;
-        if self.ends.terminal {
-            self.ends.stdout = None;
+        self.inlet.close();
+        if self.inlet.terminal {
+            self.stdout = None;
         }
         // What it still writes to pipes is thrown away: it may have last things to do, and would
         // end in a write to a pipe that nobody reads.
         for signal in [Signal::HUP, Signal::CONT] {
-            let _ = kill_process_group(self.pid, signal);
+            let _ = kill_process_group(self.inlet.pid, signal);
         }
     }
 }
 
-/// What ends the input of a terminal that reads lines.
-const END_OF_TRANSMISSION: u8 = 4;
+fn to_read(stream: Option<&OwnedFd>) -> Watched<'_> {
+    Some((stream?.as_fd(), PollFlags::IN))
+}

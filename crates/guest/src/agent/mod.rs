@@ -4,9 +4,11 @@
 //! is a process beside process 1, so that what it starts is its own to wait for. Only the host
 //! can reach it: it takes no connection from anybody else.
 
+mod attach;
 mod exec;
 mod facts;
 mod files;
+mod inlet;
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
@@ -23,8 +25,9 @@ use strata_protocol::{
 };
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
-use crate::init::drivers;
+use self::attach::MainInput;
 use crate::init::main_command::PID_FILE;
+use crate::init::{drivers, helper};
 use crate::place::Place;
 use crate::sys;
 
@@ -36,6 +39,7 @@ const STACK: usize = 256 << 10;
 /// What all connections know.
 struct Agent {
     session: Session,
+    main_input: MainInput,
     /// Connections that are open.
     open: AtomicU32,
 }
@@ -52,9 +56,11 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn serve() -> io::Result<()> {
-    // What process 1 opened for us: modules as arguments, and the session.
-    for number in std::env::args().skip(1) {
-        drivers::insert(&File::open(format!("/proc/self/fd/{number}"))?);
+    // What process 1 opened for us: the main command's input, modules, and the session.
+    let mut given = helper::given();
+    let main_input = given.next().flatten();
+    for module in given.flatten() {
+        drivers::insert(&module.into());
     }
     let mut session = Vec::new();
     io::stdin().read_to_end(&mut session)?;
@@ -62,6 +68,7 @@ fn serve() -> io::Result<()> {
         .map_err(|error| io::Error::other(error.to_string()))?;
     let agent = Arc::new(Agent {
         session,
+        main_input: MainInput::new(main_input),
         open: AtomicU32::new(0),
     });
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, AGENT_PORT)?;
@@ -132,6 +139,7 @@ impl Agent {
         };
         let answer = match request {
             Request::Exec(exec) => self.exec(&exec, stream, from),
+            Request::Attach => self.attach(stream, from),
             Request::CopyOut { path } => files::send(&path, stream),
             Request::CopyIn(copy) => files::receive(&copy, &mut from),
             Request::Inform => Ok(Reply::Information(facts::inform(
@@ -150,7 +158,7 @@ impl Agent {
     fn stop(&self) -> Answer {
         let container = self.session.container.as_ref();
         let own = container.and_then(|container| container.stop_signal);
-        if main_command().is_some() {
+        if main_command().is_ok() {
             return signal_main(own.unwrap_or(Signal::TERM.as_raw() as u8));
         }
         // SIGUSR2 is what powers off with Strata's init; systemd's is SIGRTMIN+4 and the image's
@@ -170,18 +178,18 @@ fn is_systemd() -> bool {
     fs::metadata("/run/systemd/system").is_ok()
 }
 
-/// The main command's process, if it has one.
-fn main_command() -> Option<Pid> {
-    let text = fs::read_to_string(PID_FILE).ok()?;
-    Pid::from_raw(text.trim().parse().ok()?)
+/// The main command's process.
+fn main_command() -> Result<Pid, Failure> {
+    let text = fs::read_to_string(PID_FILE).ok();
+    let number = text.and_then(|text| text.trim().parse().ok());
+    number.and_then(Pid::from_raw).ok_or_else(|| Failure {
+        kind: FailureKind::NotFound,
+        message: "the machine has no main command".to_owned(),
+    })
 }
 
 fn signal_main(number: u8) -> Answer {
-    let main = main_command().ok_or_else(|| Failure {
-        kind: FailureKind::NotFound,
-        message: "the machine has no main command to signal".to_owned(),
-    })?;
-    send(main, number)
+    send(main_command()?, number)
 }
 
 fn signal(number: u8) -> Result<Signal, Failure> {

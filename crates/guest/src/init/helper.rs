@@ -3,7 +3,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::iter;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,7 +13,10 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use strata_protocol::{SESSION_PATH, Session};
 
 use super::drivers;
-use crate::AGENT;
+use crate::{AGENT, sys};
+
+/// Stands in the agent's arguments for a descriptor that there is not.
+const NONE: &str = "-";
 
 /// What the agent is given.
 pub(super) struct Helper {
@@ -34,16 +38,17 @@ impl Helper {
         Some(Self { session, modules })
     }
 
-    /// Starts the agent, which outlives everything but the machine. A guest without one can do all
-    /// but what the agent does.
-    pub(super) fn start(self) {
-        let mut numbers = Vec::new();
-        for module in &self.modules {
-            // The agent alone gets them: nothing else is started before they are closed.
-            if fcntl_setfd(module, FdFlags::empty()).is_ok() {
-                numbers.push(module.as_raw_fd().to_string());
-            }
-        }
+    /// Starts the agent, which outlives everything but the machine, and gives it the main command's
+    /// input, if it is for those who attach. A guest without an agent can do all but what that does.
+    pub(super) fn start(self, main_input: Option<&OwnedFd>) {
+        // The agent alone gets them: nothing else is started before they are closed.
+        let pass = |fd: BorrowedFd<'_>| match fcntl_setfd(fd, FdFlags::empty()) {
+            Ok(()) => fd.as_raw_fd().to_string(),
+            Err(_) => NONE.to_owned(),
+        };
+        let main_input = main_input.map_or_else(|| NONE.to_owned(), |fd| pass(fd.as_fd()));
+        let modules = self.modules.iter().map(|module| pass(module.as_fd()));
+        let numbers = iter::once(main_input).chain(modules);
         let started: io::Result<_> = Command::new("/proc/self/exe")
             .arg0(AGENT)
             .args(numbers)
@@ -53,4 +58,13 @@ impl Helper {
             eprintln!("strata: no agent: {error}");
         }
     }
+}
+
+/// What the agent was given by [`Helper::start`], in its order: the main command's input, if there is
+/// one to be had, and modules. May be called once.
+pub(crate) fn given() -> impl Iterator<Item = Option<OwnedFd>> {
+    std::env::args().skip(1).map(|number| {
+        let number = number.parse().ok()?;
+        sys::take_inherited(number).ok()
+    })
 }

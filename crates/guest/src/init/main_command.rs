@@ -1,24 +1,26 @@
 //! What the machine is there for: a command on the ports or the console, a shell, or nothing but
 //! what is executed in it. Process 1 starts it, reaps what it leaves behind, and ends with it.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
 use rustix::system::uname;
-use rustix::termios::{Winsize, tcsetwinsize};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::Signals;
-use strata_protocol::{GREETING, Run, Session, Size, Status};
+use strata_protocol::{GREETING, Reply, Run, Session, Size, Status, Streams};
 
+use super::control::Control;
 use super::ending::{self, Ending};
 use super::helper::Helper;
 use super::mounts::{self, CONSOLE};
-use super::streams::Ports;
+use super::streams::{Ports, Relays};
 use super::{Fault, container};
 use crate::command::{self, Unable};
 use crate::place::Place;
+use crate::terminal;
 
 /// What a host's power fails with; see signal(7).
 const SIGPWR: i32 = 30;
@@ -26,33 +28,99 @@ const SIGPWR: i32 = 30;
 /// Where the agent finds the number of the main command's process.
 pub(crate) const PID_FILE: &str = "/run/strata/main";
 
+/// A main command that runs.
+struct Main {
+    pid: u32,
+    /// The terminal that it is on, if its size is that of one of the host's.
+    terminal: Option<OwnedFd>,
+    /// What it writes on its way to the ports.
+    relays: Option<Relays>,
+    /// Where its input goes, if that is for those who attach.
+    input: Option<OwnedFd>,
+}
+
 /// Sets the place up and runs what `session` asks for there; gives how the machine is to end.
 pub(super) fn run(session: &Session, helper: Option<Helper>) -> Result<Ending, Fault> {
     // Before anything is started: nothing that ends may be missed.
     let mut signals = Signals::new([SIGCHLD, SIGINT, SIGTERM, SIGUSR1, SIGUSR2])
         .map_err(Fault::of("watch for signals"))?;
-    let main = match &session.run {
-        Run::Shell | Run::Init => shell(session, helper)?,
-        Run::Wait => {
-            enter(session)?;
-            start(helper);
-            None
+    match &session.run {
+        Run::Command { words, streams } => {
+            let mut control = Control::open()?;
+            let (status, ending) =
+                run_command(session, words, *streams, helper, &mut control, &mut signals)?;
+            if let Some(status) = status {
+                control.tell(&Reply::Ended(status));
+            }
+            Ok(ending)
         }
-        Run::Command {
-            words,
-            on_console: true,
-        } => on_console(session, words, helper)?,
-        Run::Command {
-            words,
-            on_console: false,
-        } => return on_ports(session, words, helper, &mut signals),
-    };
-    // A shell that could not be started has said so.
-    if main.is_none() && session.run != Run::Wait {
-        return Ok(Ending::PowerOff);
+        Run::Shell => {
+            let place = enter(session)?;
+            let words = [b"/bin/sh".to_vec(), b"-l".to_vec()];
+            Ok(match on_console(session, place, &words) {
+                Ok(main) => wait_for(Some(main.pid), &mut signals).1,
+                Err(Unable { message, .. }) => {
+                    eprintln!("strata: {message}");
+                    Ending::PowerOff
+                }
+            })
+        }
+        Run::Wait | Run::Init => {
+            enter(session)?;
+            start(helper, None);
+            Ok(wait_for(None, &mut signals).1)
+        }
     }
-    let (_, ending) = wait_for(main, &mut signals);
-    Ok(ending)
+}
+
+/// Runs the main command to its end; gives its status if it had one.
+fn run_command(
+    session: &Session,
+    words: &[Vec<u8>],
+    streams: Streams,
+    helper: Option<Helper>,
+    control: &mut Control,
+    signals: &mut Signals,
+) -> Result<(Option<Status>, Ending), Fault> {
+    let ports = match streams {
+        Streams::Console => None,
+        _ => Some(Ports::open()?),
+    };
+    let place = enter(session);
+    control.tell(&Reply::Starting);
+    // Asked for as the command itself, these need no detour.
+    if session.container.is_none()
+        && let [word] = words
+        && let Some(ending) = Ending::of_word(word)
+    {
+        return Ok((Some(Status::Exited(0)), ending));
+    }
+    let started = place
+        .map_err(|Fault(message)| Unable::guest(message))
+        .and_then(|place| match &ports {
+            None => on_console(session, place, words),
+            Some(ports) => on_ports(ports, &place, words, streams),
+        });
+    let main = match started {
+        Ok(main) => main,
+        Err(Unable { status, message }) => {
+            match ports {
+                Some(mut ports) => ports.complain(&message),
+                None => eprintln!("strata: {message}"),
+            }
+            return Ok((Some(Status::Exited(status)), Ending::PowerOff));
+        }
+    };
+    announce(main.pid);
+    control.listen(main.pid, main.terminal);
+    start(helper, main.input.as_ref());
+    // The agent has it alone, so that it can end.
+    drop(main.input);
+    let (status, ending) = wait_for(Some(main.pid), signals);
+    if let (Some(relays), Some(_)) = (main.relays, status) {
+        relays.finish();
+    }
+    Ok((status, ending))
 }
 
 /// Makes the image the root, if there is one, and the appliance's programs known if not.
@@ -71,127 +139,66 @@ fn enter(session: &Session) -> Result<Place, Fault> {
     Place::of(session).map_err(Fault)
 }
 
+/// Starts a command whose output goes to the ports.
 fn on_ports(
-    session: &Session,
+    ports: &Ports,
+    place: &Place,
     words: &[Vec<u8>],
-    helper: Option<Helper>,
-    signals: &mut Signals,
-) -> Result<Ending, Fault> {
-    let mut ports = Ports::open()?;
-    let place = enter(session);
-    ports.tell("ready");
-    // Asked for as the command itself, these need no detour.
-    if session.container.is_none()
-        && let [word] = words
-        && let Some(ending) = Ending::of_word(word)
-    {
-        ports.tell("exit 0");
-        return Ok(ending);
-    }
-    let started = place
-        .map_err(|Fault(message)| Unable::guest(message))
-        .and_then(|place| {
-            let command = command::prepare(words, &place, false)?;
-            let (streams, relays) = ports
-                .pipes(place.identity.as_ref())
-                .map_err(|error| Unable::guest(format!("no pipes: {error}")))?;
-            let mut command = command;
-            command
-                .stdin(streams.stdin)
-                .stdout(streams.stdout)
-                .stderr(streams.stderr);
-            let child = command
-                .spawn()
-                .map_err(|error| command::not_started(words, &error))?;
-            Ok((child.id(), relays))
-        });
-    let (main, relays) = match started {
-        Ok(started) => started,
-        Err(Unable { status, message }) => {
-            ports.complain(&message);
-            ports.tell(&format!("exit {status}"));
-            return Ok(Ending::PowerOff);
-        }
-    };
-    announce(main);
-    start(helper);
-    let (status, ending) = wait_for(Some(main), signals);
-    if let Some(status) = status {
-        relays.finish();
-        ports.tell(&format!("exit {}", status.code()));
-    }
-    Ok(ending)
-}
-
-fn shell(session: &Session, helper: Option<Helper>) -> Result<Option<u32>, Fault> {
-    let place = enter(session)?;
-    let words = [b"/bin/sh".to_vec(), b"-l".to_vec()];
-    Ok(start_on_console(session, place, &words, helper))
-}
-
-fn on_console(
-    session: &Session,
-    words: &[Vec<u8>],
-    helper: Option<Helper>,
-) -> Result<Option<u32>, Fault> {
-    let place = enter(session)?;
-    Ok(start_on_console(session, place, words, helper))
+    streams: Streams,
+) -> Result<Main, Unable> {
+    let on_terminal = matches!(streams, Streams::Terminal(_));
+    let mut command = command::prepare(words, place, on_terminal)?;
+    let made = ports.make(streams, place.identity.as_ref());
+    let (ends, relays, input) =
+        made.map_err(|error| Unable::guest(format!("no streams: {error}")))?;
+    let [stdin, stdout, stderr] = ends;
+    let child = command
+        .stdin(stdin)
+        .stdout(stdout)
+        .stderr(stderr)
+        .spawn()
+        .map_err(|error| command::not_started(words, &error))?;
+    Ok(Main {
+        pid: child.id(),
+        terminal: None,
+        relays: Some(relays),
+        input,
+    })
 }
 
 /// Greets, and starts a command with the console as its terminal.
-fn start_on_console(
-    session: &Session,
-    mut place: Place,
-    words: &[Vec<u8>],
-    helper: Option<Helper>,
-) -> Option<u32> {
-    let Size { rows, columns } = session.size.unwrap_or(Size {
-        rows: 24,
-        columns: 80,
-    });
+fn on_console(session: &Session, mut place: Place, words: &[Vec<u8>]) -> Result<Main, Unable> {
     // A known size also keeps line editors from asking the terminal for it.
-    let size = Winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    let _ = tcsetwinsize(rustix::stdio::stdin(), size);
+    terminal::set_size(&rustix::stdio::stdin(), session.size.unwrap_or(Size::USUAL));
     let release = uname().release().to_string_lossy().into_owned();
     println!("{GREETING}{release}. 'poweroff' or Ctrl-A x ends it.");
     if let Some(term) = &session.term {
         let term = crate::place::word(term).to_owned();
         place.environment.entry("TERM".into()).or_insert(term);
     }
-    let started = command::prepare(words, &place, true).and_then(|mut command| {
-        let console = || OpenOptions::new().read(true).write(true).open(CONSOLE);
-        let open = || Ok((console()?, console()?, console()?));
-        let (stdin, stdout, stderr) = open().map_err(|error: io::Error| {
-            Unable::guest(format!("cannot open the console: {error}"))
-        })?;
-        command
-            .stdin(Stdio::from(stdin))
-            .stdout(Stdio::from(stdout))
-            .stderr(Stdio::from(stderr))
-            .spawn()
-            .map_err(|error| command::not_started(words, &error))
-    });
-    let main = match started {
-        Ok(child) => Some(child.id()),
-        Err(Unable { message, .. }) => {
-            eprintln!("strata: {message}");
-            None
-        }
-    };
-    main.into_iter().for_each(announce);
-    start(helper);
-    main
+    let mut command = command::prepare(words, &place, true)?;
+    let console = || OpenOptions::new().read(true).write(true).open(CONSOLE);
+    let open = || Ok((console()?, console()?, console()?, console()?));
+    let (stdin, stdout, stderr, terminal): (File, File, File, File) = open()
+        .map_err(|error: io::Error| Unable::guest(format!("cannot open the console: {error}")))?;
+    let child = command
+        .stdin(Stdio::from(stdin))
+        .stdout(Stdio::from(stdout))
+        .stderr(Stdio::from(stderr))
+        .spawn()
+        .map_err(|error| command::not_started(words, &error))?;
+    Ok(Main {
+        pid: child.id(),
+        terminal: Some(terminal.into()),
+        relays: None,
+        input: None,
+    })
 }
 
 /// Starts the agent, now that what the machine is there for runs.
-fn start(helper: Option<Helper>) {
+fn start(helper: Option<Helper>, main_input: Option<&OwnedFd>) {
     if let Some(helper) = helper {
-        helper.start();
+        helper.start(main_input);
     }
 }
 

@@ -1,9 +1,10 @@
 //! Process 1: sets the guest up, runs what the session asks for, and ends the machine.
 
 mod container;
+mod control;
 pub(crate) mod drivers;
 mod ending;
-mod helper;
+pub(crate) mod helper;
 pub(crate) mod main_command;
 mod mounts;
 mod network;
@@ -92,7 +93,7 @@ fn become_init(session: &Session, helper: Option<Helper>) -> Fault {
         return fault;
     }
     if let Some(helper) = helper {
-        helper.start();
+        helper.start(None);
     }
     let error = Command::new("/sbin/init").exec();
     Fault(format!("/sbin/init of the image cannot run: {error}"))

@@ -3,26 +3,23 @@
 //! A port can be open once only, and a command may open `/dev/stdout` anew. So the command has
 //! pipes, and threads here move what goes through them.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{Gid, Uid, fchown};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
-
-use strata_protocol::PORTS;
+use strata_protocol::{STREAM_PORTS, Streams};
 
 use super::Fault;
-use crate::sys::Identity;
+use super::control::find;
+use crate::sys::{self, Identity};
+use crate::terminal;
 
-const TRIES: usize = 5000;
-const PAUSE: Duration = Duration::from_millis(2);
 const PIECE: usize = 64 << 10;
 
 /// The open ports.
@@ -30,38 +27,26 @@ pub(super) struct Ports {
     stdin: File,
     stdout: File,
     stderr: File,
-    status: File,
 }
 
+/// What [`Ports::make`] makes: the command's ends, what moves what it writes, and where its input goes
+/// if that is not to a port.
+type Made = ([Stdio; 3], Relays, Option<OwnedFd>);
+
 impl Ports {
-    /// Waits for the ports, whose names arrive a moment after the driver, and opens them.
+    /// Opens them. They are there when the control port is.
     pub(super) fn open() -> Result<Self, Fault> {
-        let mut tries = 0;
-        let [stdin, stdout, stderr, status] = loop {
-            if let Some(ports) = find() {
-                break ports;
-            }
-            tries += 1;
-            if tries > TRIES {
-                return Err(Fault("the ports of the command did not appear".to_owned()));
-            }
-            thread::sleep(PAUSE);
-        };
-        let write = |path: &PathBuf| OpenOptions::new().write(true).open(path);
+        let [stdin, stdout, stderr] = STREAM_PORTS.map(find);
+        let there = |path: Option<PathBuf>| path.ok_or(io::ErrorKind::NotFound);
+        let write = |path| OpenOptions::new().write(true).open(there(path)?);
         let open = || {
             Ok(Self {
-                status: write(&status)?,
-                stdout: write(&stdout)?,
-                stderr: write(&stderr)?,
-                stdin: File::open(&stdin)?,
+                stdout: write(stdout)?,
+                stderr: write(stderr)?,
+                stdin: File::open(there(stdin)?)?,
             })
         };
         open().map_err(Fault::of::<io::Error>("open the ports of the command"))
-    }
-
-    /// Tells the host a line on the status port.
-    pub(super) fn tell(&mut self, line: &str) {
-        let _ = self.status.write_all(format!("{line}\n").as_bytes());
     }
 
     /// Writes an error of ours where the command's would be.
@@ -71,69 +56,48 @@ impl Ports {
             .write_all(format!("strata: {message}\n").as_bytes());
     }
 
-    /// Pipes for a command that runs as `identity`, and what moves their contents.
-    pub(super) fn pipes(&self, identity: Option<&Identity>) -> io::Result<(Streams, Relays)> {
+    /// The streams of a command that runs as `identity`.
+    pub(super) fn make(&self, how: Streams, identity: Option<&Identity>) -> io::Result<Made> {
+        let (gone, going) = pipe_with(PipeFlags::CLOEXEC)?;
+        let relay = |from: OwnedFd, to: &File, how: Move| {
+            let to = to.try_clone()?;
+            let gone = gone.try_clone()?;
+            thread::Builder::new().spawn(move || drain(&from, &gone, &to, how))
+        };
+        if let Streams::Terminal(size) = how {
+            let (master, terminal) = terminal::open(size)?;
+            if let Some(identity) = identity {
+                sys::give([&terminal], identity);
+            }
+            let input = master.try_clone()?;
+            let threads = vec![relay(master, &self.stdout, copy)?];
+            let ends = [terminal.try_clone()?, terminal.try_clone()?, terminal];
+            return Ok((
+                ends.map(Stdio::from),
+                Relays { going, threads },
+                Some(input),
+            ));
+        }
         let (stdin, to_command) = pipe_with(PipeFlags::CLOEXEC)?;
         let (from_stdout, stdout) = pipe_with(PipeFlags::CLOEXEC)?;
         let (from_stderr, stderr) = pipe_with(PipeFlags::CLOEXEC)?;
-        if let Some(Identity { user, group, .. }) = identity {
-            // Or it could not open them anew.
-            for pipe in [&stdin, &stdout, &stderr] {
-                fchown(
-                    pipe,
-                    Some(Uid::from_raw(*user)),
-                    Some(Gid::from_raw(*group)),
-                )?;
-            }
+        if let Some(identity) = identity {
+            sys::give([&stdin, &stdout, &stderr], identity);
         }
-        let port = self.stdin.try_clone()?;
-        thread::Builder::new().spawn(move || feed(port, to_command.into()))?;
-        let (gone, going) = pipe_with(PipeFlags::CLOEXEC)?;
-        let relay = |from: OwnedFd, to: &File| {
-            let to = to.try_clone()?;
-            let gone = gone.try_clone()?;
-            thread::Builder::new().spawn(move || drain(&from, &gone, &to))
+        let input = if how.takes_input() {
+            Some(to_command)
+        } else {
+            let port = self.stdin.try_clone()?;
+            thread::Builder::new().spawn(move || feed(port, to_command.into()))?;
+            None
         };
-        let threads = [
-            relay(from_stdout, &self.stdout)?,
-            relay(from_stderr, &self.stderr)?,
+        let threads = vec![
+            relay(from_stdout, &self.stdout, forward)?,
+            relay(from_stderr, &self.stderr, forward)?,
         ];
-        let relays = Relays { going, threads };
-        let streams = Streams {
-            stdin: stdin.into(),
-            stdout: stdout.into(),
-            stderr: stderr.into(),
-        };
-        Ok((streams, relays))
+        let ends = [stdin, stdout, stderr].map(Stdio::from);
+        Ok((ends, Relays { going, threads }, input))
     }
-}
-
-/// The command's ends of its pipes.
-pub(super) struct Streams {
-    pub(super) stdin: Stdio,
-    pub(super) stdout: Stdio,
-    pub(super) stderr: Stdio,
-}
-
-/// Finds the ports by their names.
-fn find() -> Option<[PathBuf; 4]> {
-    let mut found: [Option<PathBuf>; 4] = Default::default();
-    for port in fs::read_dir("/sys/class/virtio-ports").ok()?.flatten() {
-        let Ok(name) = fs::read_to_string(port.path().join("name")) else {
-            continue;
-        };
-        let at = PORTS.iter().position(|wanted| *wanted == name.trim());
-        let device = PathBuf::from("/dev").join(port.file_name());
-        if let Some(at) = at
-            && device.exists()
-        {
-            found[at] = Some(device);
-        }
-    }
-    let [Some(a), Some(b), Some(c), Some(d)] = found else {
-        return None;
-    };
-    Some([a, b, c, d])
 }
 
 /// Moves the host's input to the command until either ends.
@@ -157,7 +121,7 @@ fn feed(mut from: File, mut to: File) {
 pub(super) struct Relays {
     /// Its other end going tells the threads that the command has ended.
     going: OwnedFd,
-    threads: [JoinHandle<()>; 2],
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Relays {
@@ -171,9 +135,24 @@ impl Relays {
     }
 }
 
-/// Moves what the command writes to a port, without a copy of its own, until it is all and the
-/// command `gone`.
-fn drain(from: &OwnedFd, gone: &OwnedFd, to: &File) {
+/// Moves a piece of what there is to a port; gives its length, and 0 at the end.
+type Move = fn(&OwnedFd, &File) -> Result<usize, Errno>;
+
+/// From a pipe, without a copy of its own.
+fn forward(from: &OwnedFd, to: &File) -> Result<usize, Errno> {
+    splice(from, None, to, None, PIECE, SpliceFlags::MOVE)
+}
+
+/// From a terminal.
+fn copy(from: &OwnedFd, mut to: &File) -> Result<usize, Errno> {
+    let mut piece = [0; 4096];
+    let count = rustix::io::read(from, &mut piece)?;
+    to.write_all(&piece[..count]).map_err(|_| Errno::IO)?;
+    Ok(count)
+}
+
+/// Moves what the command writes to a port until it is all and the command `gone`.
+fn drain(from: &OwnedFd, gone: &OwnedFd, to: &File, how: Move) {
     loop {
         let mut waiting = [
             PollFd::new(from, PollFlags::IN),
@@ -185,9 +164,10 @@ fn drain(from: &OwnedFd, gone: &OwnedFd, to: &File) {
             Err(Errno::INTR) => continue,
             Err(_) => return,
         }
-        match splice(from, None, to, None, PIECE, SpliceFlags::MOVE) {
+        match how(from, to) {
             Ok(0) => return,
-            Ok(_) | Err(Errno::INTR) => {}
+            // A terminal that those who attach write to does not wait.
+            Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
             Err(_) => return,
         }
     }

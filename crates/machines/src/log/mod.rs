@@ -12,6 +12,7 @@
 //! than its header are no records, as the checksum of a record is also over the salt of the
 //! segment, which is random and never printed.
 
+mod bell;
 mod format;
 mod reader;
 mod writer;

@@ -1,15 +1,13 @@
 //! The end of a log that others have.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use std::{collections::VecDeque, thread};
 
+use super::bell::Bell;
 use super::format::{self, HEADER, Header, Line, RECORD, Stream};
 use crate::error::{Error, Result};
-
-/// How often [`LogReader::follow`] looks whether something has been written.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// Reads the log of a machine, which may be written meanwhile by another process.
 ///
@@ -30,6 +28,7 @@ pub struct LogReader {
     /// Records before it are not wanted: ns since 1970.
     since: u64,
     buffer: Vec<u8>,
+    bell: Bell,
 }
 
 /// What was printed at once, and kept.
@@ -73,6 +72,7 @@ impl LogReader {
             skip: 0,
             since: 0,
             buffer: Vec::new(),
+            bell: Bell::default(),
         }
     }
 
@@ -166,7 +166,7 @@ impl LogReader {
             if left.is_zero() {
                 return Ok(None);
             }
-            thread::sleep(left.min(LOOK));
+            self.bell.wait(&self.directory, left);
         }
     }
 

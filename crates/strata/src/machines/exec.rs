@@ -3,21 +3,16 @@
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use clap::Args;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
-use signal_hook::iterator::Signals;
-use strata_protocol::{Exec, Input, MAX_DATA, Reply, Request, Size, Stream, write};
+use strata_protocol::{Exec, Reply, Request, Stream};
 
 use super::agent::Agent;
+use super::outlet::{Outlet, make_raw, size};
 use super::{Fault, find};
 use crate::exit::End;
-use crate::guard::Guard;
-use crate::streams::{self, read_stdin};
-use crate::terminal::{self, RawMode};
+use crate::streams;
 
 /// Arguments of `strata exec`.
 #[derive(Debug, Args)]
@@ -84,16 +79,15 @@ pub(crate) fn exec(args: &ExecArgs) -> Result<End, Fault> {
     let mut agent = Agent::ask(&machine, &request)?;
     // Nothing else comes before.
     while !matches!(agent.reply()?, Reply::Started { .. }) {}
-    let to = Arc::new(Mutex::new(agent.writer()?));
-    let guard = if args.tty { Guard::start().ok() } else { None };
-    let raw = if args.tty {
-        RawMode::enter(guard).map_err(Fault::host("make the terminal raw"))?
+    let outlet = Outlet::of(&agent)?;
+    let raw = if args.tty { make_raw()? } else { None };
+    outlet.pass_signals(if args.tty {
+        &[SIGWINCH, SIGTERM, SIGHUP]
     } else {
-        None
-    };
-    pass_signals(args.tty, &to)?;
+        &[SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2]
+    })?;
     if args.interactive || args.tty {
-        pass_input(&to)?;
+        outlet.pass_input(Some)?;
     }
     let status = forward(&mut agent);
     drop(raw);
@@ -127,11 +121,6 @@ fn forward(agent: &mut Agent) -> Result<End, Fault> {
     }
 }
 
-fn size() -> Size {
-    let (rows, columns) = terminal::size().unwrap_or((24, 80));
-    Size { rows, columns }
-}
-
 /// `NAME=value` as it is; a name alone with the value that it has here, if it has one.
 fn variable(text: &OsString) -> Option<Vec<u8>> {
     if text.as_bytes().contains(&b'=') {
@@ -139,58 +128,4 @@ fn variable(text: &OsString) -> Option<Vec<u8>> {
     }
     let value = std::env::var_os(text)?;
     Some([text.as_bytes(), b"=", value.as_bytes()].concat())
-}
-
-type Shared = Arc<Mutex<UnixStream>>;
-
-fn send(to: &Shared, input: &Input) -> bool {
-    let mut to = to.lock().unwrap_or_else(PoisonError::into_inner);
-    write(&mut *to, input).is_ok()
-}
-
-/// Passes signals on, and the terminal's size when it changes. On a terminal the keys for signals
-/// are bytes like others.
-fn pass_signals(on_terminal: bool, to: &Shared) -> Result<(), Fault> {
-    let wanted: &[i32] = if on_terminal {
-        &[SIGWINCH, SIGTERM, SIGHUP]
-    } else {
-        &[SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2]
-    };
-    let mut signals = Signals::new(wanted).map_err(Fault::host("watch for signals"))?;
-    let to = Arc::clone(to);
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            for signal in &mut signals {
-                let input = match signal {
-                    SIGWINCH => Input::Resize(size()),
-                    number => Input::Signal(number as u8),
-                };
-                if !send(&to, &input) {
-                    return;
-                }
-            }
-        })
-        .map_err(Fault::host("start a thread"))?;
-    Ok(())
-}
-
-fn pass_input(to: &Shared) -> Result<(), Fault> {
-    let to = Arc::clone(to);
-    thread::Builder::new()
-        .name("input".to_owned())
-        .spawn(move || {
-            let mut piece = vec![0; MAX_DATA];
-            loop {
-                let input = match read_stdin(&mut piece) {
-                    0 => Input::End,
-                    count => Input::Data(piece[..count].to_vec()),
-                };
-                if !send(&to, &input) || input == Input::End {
-                    return;
-                }
-            }
-        })
-        .map_err(Fault::host("start a thread"))?;
-    Ok(())
 }

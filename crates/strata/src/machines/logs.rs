@@ -64,16 +64,34 @@ pub(crate) fn logs(args: &LogsArgs) -> Result<End, Fault> {
     Ok(End::Done)
 }
 
-/// Prints what a machine prints from now on, until it ends.
-pub(super) fn follow(machine: &Machine) -> Result<(), Fault> {
-    let mut reader = open(machine)?;
-    reader.tail(0)?;
-    let printer = Printer {
-        console: is_console_all(machine)?,
-        timestamps: false,
-        at_start: true,
-    };
-    printer.print_all(machine, &mut reader, true)
+/// What a machine prints from some time on.
+pub(super) struct Following<'a> {
+    machine: &'a Machine,
+    reader: LogReader,
+    printer: Printer,
+}
+
+impl<'a> Following<'a> {
+    /// From now on.
+    pub(super) fn begin(machine: &'a Machine) -> Result<Self, Fault> {
+        let mut reader = open(machine)?;
+        reader.tail(0)?;
+        let printer = Printer {
+            console: is_console_all(machine)?,
+            timestamps: false,
+            at_start: true,
+        };
+        Ok(Self {
+            machine,
+            reader,
+            printer,
+        })
+    }
+
+    /// Prints it until the machine ends.
+    pub(super) fn follow(mut self) -> Result<(), Fault> {
+        self.printer.print_all(self.machine, &mut self.reader, true)
+    }
 }
 
 fn open(machine: &Machine) -> Result<LogReader, Fault> {
@@ -88,8 +106,7 @@ fn open(machine: &Machine) -> Result<LogReader, Fault> {
 
 /// Whether all that happens is on the console: there is no command.
 fn is_console_all(machine: &Machine) -> Result<bool, Fault> {
-    let run = arguments(machine)?;
-    Ok(run.image.is_none() && run.command.is_empty())
+    Ok(!arguments(machine)?.has_main_command())
 }
 
 fn next(reader: &mut LogReader, follow: bool) -> Result<Option<Entry>, Fault> {

@@ -3,7 +3,7 @@
 //! ```text
 //!   run -d, start ── spawns ──► strata machine ID ── is ──► the machine (run.rs)
 //!   ps, rm, wait, logs ───────► the registry's files (crate machines)
-//!   exec, cp, stats, stop ────► the machine's vsock socket ──► the agent in the guest
+//!   exec, attach, cp, stop ────► the machine's vsock socket ──► the agent in the guest
 //! ```
 
 mod agent;
@@ -12,6 +12,7 @@ mod copy;
 mod detach;
 mod exec;
 mod logs;
+mod outlet;
 mod ps;
 mod remove;
 mod stats;

@@ -9,8 +9,8 @@ use strata_protocol::Request;
 use super::agent::Agent;
 use super::{Fault, each, find};
 use crate::exit::End;
-use crate::report;
 use crate::units;
+use crate::{report, supervisor};
 
 /// How long a guest may take to hear that it is to stop.
 const HEARING: Duration = Duration::from_secs(2);
@@ -84,7 +84,7 @@ fn stop_one(machine: &Machine, time: Duration) -> Result<(), Fault> {
 
 /// Ends a machine without asking its guest: its process still says how it ended, if it can.
 pub(super) fn end(machine: &Machine) -> Result<(), Fault> {
-    for signal in [Signal::TERM, Signal::KILL] {
+    for signal in [supervisor::END, Signal::KILL] {
         match machine.signal(signal) {
             Err(strata_machines::Error::NotRunning(_) | strata_machines::Error::Gone(_)) => {
                 return Ok(());

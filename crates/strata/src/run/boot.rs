@@ -11,7 +11,7 @@ use strata_disk::Format;
 use strata_image::oci::{self, Image, Lease, Store};
 use strata_machines::Machine;
 use strata_net::{DOMAIN, Joined, SUBNET_BITS};
-use strata_protocol::{Container, GREETING, Mount, Network, Run, Session, Size};
+use strata_protocol::{Container, GREETING, Mount, Network, Run, Session, Size, Streams};
 use strata_vmm::{DiskConfig, DiskContent, DiskImage, InitrdPart};
 
 use super::Fault;
@@ -33,14 +33,53 @@ const QUIET: &str = "quiet";
 const SCRATCH: &str = "scratch.img";
 const SCRATCH_SIZE: u64 = 16 << 30;
 
-/// Where what runs in the guest has its streams.
+/// What runs in the guest, and where its streams lead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Talk {
-    OnConsole,
-    OnPorts,
+    /// A main command.
+    Command(Streams),
+    /// What is on the console is all that is known.
+    Console,
     /// Nothing runs by itself.
     Nobody,
 }
+
+impl Talk {
+    /// For a machine in the foreground or in the background. An image has a command of its own,
+    /// which talks to people on the console.
+    pub(super) fn of(args: &RunArgs, detached: bool) -> Self {
+        if args.kernel.is_some() || args.init == Init::Image {
+            return if detached {
+                Self::Nobody
+            } else {
+                Self::Console
+            };
+        }
+        let has_command = !args.command.is_empty() || args.image.is_some();
+        if detached {
+            return match (args.tty, args.interactive) {
+                (true, _) => Self::Command(Streams::Terminal(Size::USUAL)),
+                (_, true) => Self::Command(Streams::Attached),
+                _ if args.has_main_command() => Self::Command(Streams::Ports),
+                _ => Self::Nobody,
+            };
+        }
+        let somebody_types = io::stdin().is_terminal();
+        let on_console = args.tty || (args.command.is_empty() && (somebody_types || !has_command));
+        Self::Command(if on_console {
+            Streams::Console
+        } else {
+            Streams::Ports
+        })
+    }
+
+    pub(super) fn is_on_console(self) -> bool {
+        matches!(self, Self::Console | Self::Command(Streams::Console))
+    }
+}
+
+/// What runs where there is a terminal and nothing else was asked for.
+const SHELL: [&str; 2] = ["/bin/sh", "-l"];
 
 /// What shapes a boot beside the arguments.
 pub(super) struct Wanted<'a> {
@@ -184,20 +223,22 @@ impl Wanted<'_> {
 
     fn session(&self, command: &[OsString], container: Option<Container>) -> Session {
         Session {
-            run: match self.args.init {
-                Init::Image => Run::Init,
-                Init::Strata if !command.is_empty() => Run::Command {
-                    words: bytes_of(command),
-                    on_console: self.talk == Talk::OnConsole,
+            run: match self.talk {
+                Talk::Command(streams) => Run::Command {
+                    words: match command {
+                        [] => bytes_of(SHELL),
+                        words => bytes_of(words),
+                    },
+                    streams,
                 },
-                Init::Strata if self.talk == Talk::Nobody => Run::Wait,
-                Init::Strata => Run::Shell,
+                _ if self.args.init == Init::Image => Run::Init,
+                _ => Run::Wait,
             },
             container,
             term: std::env::var_os("TERM")
                 .filter(|_| io::stdout().is_terminal())
                 .map(OsString::into_vec),
-            size: terminal::size().map(|(rows, columns)| Size { rows, columns }),
+            size: terminal::size(),
             name: self.name.clone(),
             network: self.joined.map(|joined| Network {
                 address: joined.addresses.ipv4,

@@ -2,7 +2,7 @@
 
 use strata_vmm::Outcome;
 
-use crate::command::Status;
+use crate::command::Progress;
 use crate::console::Tail;
 use crate::exit::End;
 use crate::report::say;
@@ -17,7 +17,9 @@ pub(super) struct Ended<'a> {
     /// Why we stopped it, if we did.
     pub(super) stop: Option<&'a Stop>,
     /// What is known of the command, if there was to be one.
-    pub(super) status: Option<Status>,
+    pub(super) progress: Option<Progress>,
+    /// Whoever used it did so on the console, and knows what they did.
+    pub(super) on_console: bool,
     /// The console's last output, where the user has not seen it.
     pub(super) tail: Option<&'a Tail>,
 }
@@ -64,11 +66,12 @@ impl Ended<'_> {
             Outcome::DebugExit(value) => return (End::DebugExit(*value), None),
             Outcome::PowerOff | Outcome::Reset => {}
         }
-        let Some(progress) = self.status.as_ref().map(Status::progress) else {
+        let Some(progress) = self.progress else {
             return (End::Done, None);
         };
         match progress.exit {
             Some(status) => (End::Command(status), None),
+            None if progress.started && self.on_console => (End::Done, None),
             None if progress.started => died(
                 End::Done,
                 "the guest powered off or rebooted before the command ended",
@@ -83,23 +86,31 @@ impl Ended<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
-    fn judge(outcome: Outcome, status: Option<&str>) -> End {
-        let status = status.map(|text| {
-            let mut status = Status::default();
-            status.write_all(text.as_bytes()).unwrap();
-            status
-        });
-        let ended = Ended {
+    /// Nothing is known of a command.
+    const NOTHING: Progress = Progress {
+        started: false,
+        exit: None,
+    };
+
+    fn started(exit: Option<u8>) -> Progress {
+        let started = true;
+        Progress { started, exit }
+    }
+
+    fn ended(outcome: Outcome, progress: impl Into<Option<Progress>>) -> Ended<'static> {
+        Ended {
             outcome,
             stop: None,
-            status,
+            progress: progress.into(),
+            on_console: false,
             tail: None,
-        };
-        ended.judge().0
+        }
+    }
+
+    fn judge(outcome: Outcome, progress: impl Into<Option<Progress>>) -> End {
+        ended(outcome, progress).judge().0
     }
 
     #[test]
@@ -110,19 +121,23 @@ mod tests {
 
     #[test]
     fn a_commands_status_is_the_runs() {
-        let status = Some("ready\nexit 7\n");
-        assert_eq!(judge(Outcome::PowerOff, status), End::Command(7));
+        assert_eq!(judge(Outcome::PowerOff, started(Some(7))), End::Command(7));
     }
 
     #[test]
     fn a_command_that_powers_off_ends_the_run_well() {
-        assert_eq!(judge(Outcome::PowerOff, Some("ready\n")), End::Done);
+        let mut ended = ended(Outcome::PowerOff, started(None));
+        let (end, message) = ended.judge();
+        assert_eq!(end, End::Done);
+        assert!(message.is_some());
+        ended.on_console = true;
+        assert_eq!(ended.judge(), (End::Done, None));
     }
 
     #[test]
     fn a_guest_that_never_started_the_command_is_a_failure() {
-        assert_eq!(judge(Outcome::PowerOff, Some("")), End::CommandNotStarted);
-        assert_eq!(judge(Outcome::Reset, Some("")), End::CommandNotStarted);
+        assert_eq!(judge(Outcome::PowerOff, NOTHING), End::CommandNotStarted);
+        assert_eq!(judge(Outcome::Reset, NOTHING), End::CommandNotStarted);
     }
 
     #[test]
@@ -132,7 +147,7 @@ mod tests {
 
     #[test]
     fn death_of_the_guest_outweighs_the_commands_status() {
-        let status = Some("ready\nexit 0\n");
+        let status = started(Some(0));
         assert_eq!(judge(Outcome::Panic, status), End::KernelPanic);
         assert_eq!(judge(Outcome::TripleFault, status), End::TripleFault);
         let failed = Outcome::Failed("x".into());

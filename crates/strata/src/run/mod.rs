@@ -4,7 +4,7 @@ mod boot;
 mod ended;
 mod streams;
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
@@ -16,7 +16,8 @@ use strata_vmm::{Accel, BootModule, Machine, MachineConfig, VsockConfig};
 use self::boot::{Boot, Talk, Wanted};
 use self::ended::Ended;
 use self::streams::{Streams, Terminal};
-use crate::cli::{Accelerator, Init, RunArgs};
+use crate::cli::{Accelerator, RunArgs};
+use crate::command::Control;
 use crate::console::Ring;
 use crate::exit::End;
 use crate::machines;
@@ -26,7 +27,7 @@ use crate::sandbox;
 use crate::share;
 use crate::sockets;
 use crate::stats::{Maps, Stats};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Audience, Supervisor};
 
 /// Why no machine was started.
 #[derive(Debug, thiserror::Error)]
@@ -177,7 +178,7 @@ fn go(
     strata_vmm::give_back_large_blocks();
     let lasting = life.as_ref().filter(|life| life.detached);
     let lasting = lasting.map(|life| &life.machine);
-    let talk = talk(args, lasting.is_some());
+    let talk = Talk::of(args, lasting.is_some());
     // One without a name of its own is not looked for by it.
     let name = args.name.clone();
     let name = name.or_else(|| Some(lasting?.name().to_owned()));
@@ -232,8 +233,16 @@ fn go(
 
     let opened = Machine::open(config).map_err(Fault::Machine)?;
     drop(boot.keeps);
+    // In the background signals are for the machine: its command has ways of its own.
+    let audience = match (&streams.terminal, streams.control.clone()) {
+        (Some(_), control) => Audience::Terminal(control),
+        (None, Some(control)) if lasting.is_none() && !talk.is_on_console() => {
+            Audience::Command(control)
+        }
+        _ => Audience::Nobody,
+    };
     let signals = supervisor
-        .catch_signals(streams.terminal.is_some())
+        .catch_signals(audience)
         .map_err(Fault::host("watch for signals"))?;
 
     let maps = args.stats.map(|_| Maps::open()).transpose();
@@ -268,24 +277,11 @@ fn go(
     Ok(Ended {
         outcome,
         stop: stop.get(),
-        status: streams.status,
+        progress: streams.control.as_ref().map(Control::progress),
+        on_console: talk.is_on_console(),
         tail: streams.hidden.as_ref(),
     }
     .tell())
-}
-
-/// Where what runs has its streams. An image has a command of its own, which talks to people on
-/// the console.
-fn talk(args: &RunArgs, detached: bool) -> Talk {
-    let runs_image = args.image.is_some() && args.init == Init::Strata;
-    let nobody_types = detached || !io::stdin().is_terminal();
-    if !args.command.is_empty() || (runs_image && nobody_types) {
-        Talk::OnPorts
-    } else if detached {
-        Talk::Nobody
-    } else {
-        Talk::OnConsole
-    }
 }
 
 /// The machine's socket device. Its host end is where it was asked for, and with the machine:

@@ -8,7 +8,7 @@ use strata_vmm::{ConsolePort, SerialConsole};
 use super::Fault;
 use super::boot::Talk;
 use crate::cli::RunArgs;
-use crate::command::{self, Status};
+use crate::command::{self, Control};
 use crate::console::{KeyInput, Output, PipeInput, Ring, Show, Tail, Typist};
 use crate::guard::Guard;
 use crate::supervisor::Supervisor;
@@ -18,8 +18,8 @@ use crate::terminal::RawMode;
 pub(super) struct Streams {
     pub(super) console: SerialConsole,
     pub(super) ports: Vec<ConsolePort>,
-    /// What becomes of the command, if there is one.
-    pub(super) status: Option<Status>,
+    /// The command, if there is one.
+    pub(super) control: Option<Control>,
     /// The console's last output, where nobody sees it.
     pub(super) hidden: Option<Tail>,
     /// The terminal that the console is on.
@@ -58,9 +58,9 @@ impl Streams {
         });
         let show = match talk {
             _ if ring.is_some() => Show::Hidden,
-            Talk::OnPorts if !verbose => Show::Hidden,
-            Talk::OnPorts => Show::Stderr,
-            Talk::OnConsole | Talk::Nobody => Show::Stdout,
+            _ if talk.is_on_console() => Show::Stdout,
+            _ if verbose => Show::Stderr,
+            _ => Show::Hidden,
         };
         let stopper = supervisor.stopper();
         let output = Output::new(
@@ -78,25 +78,29 @@ impl Streams {
                 input: None,
             },
             ports: Vec::new(),
-            status: None,
+            control: None,
             hidden,
             terminal: None,
         };
-        match talk {
-            Talk::Nobody => {}
-            Talk::OnPorts => {
-                let status = streams.status.insert(Status::default());
-                streams.ports = command::ports(status, &stopper, ring);
-            }
-            Talk::OnConsole if io::stdin().is_terminal() => {
+        if talk.is_on_console() {
+            if io::stdin().is_terminal() {
                 let guard = Guard::start()
                     .inspect_err(|error| tracing::warn!(%error, "no guard for the terminal"))
                     .ok();
                 let (keys, typist) = KeyInput::new(gate, stopper);
                 streams.console.input = Some(Box::new(keys));
                 streams.terminal = Some(Terminal { guard, typist });
+            } else {
+                streams.console.input = Some(Box::new(PipeInput::new(gate)));
             }
-            Talk::OnConsole => streams.console.input = Some(Box::new(PipeInput::new(gate))),
+        } else if let Talk::Command(_) = talk {
+            streams.ports = command::ports(&stopper, ring);
+        }
+        if let Talk::Command(_) = talk {
+            // Behind the others: the guest concludes from it that they are there.
+            let (control, port) = Control::new();
+            streams.control = Some(control);
+            streams.ports.push(port);
         }
         Ok(streams)
     }

@@ -1,6 +1,13 @@
 //! A command in the guest: its streams and its status are ours.
 
-use crate::guest::{guest, guest_with, shell};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, ChildStdout, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::guest::{Slot, guest, guest_with, run, shell};
 
 /// Bytes that no text has, and that repeat late.
 fn noise(size: usize) -> Vec<u8> {
@@ -36,6 +43,76 @@ fn the_exit_status_is_the_commands() {
 #[test]
 fn a_command_that_a_signal_ends_has_the_shells_status() {
     shell("kill -SEGV $$").expect(128 + 11);
+}
+
+/// Starts a line of shell in the guest that says `up` when it listens; gives what is shown from then
+/// on.
+fn listening(line: &str) -> (Child, BufReader<ChildStdout>) {
+    let mut command = run(&[] as &[&str]);
+    command.args(["--", "sh", "-c", line]).stdin(Stdio::null());
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut shown = BufReader::new(child.stdout.take().unwrap());
+    let mut first = String::new();
+    shown.read_line(&mut first).unwrap();
+    assert_eq!(first, "up\n");
+    (child, shown)
+}
+
+#[test]
+fn signals_reach_the_command_as_if_it_ran_here() {
+    let _slot = Slot::take();
+    let line = "for s in HUP INT QUIT TERM USR1 USR2; do trap \"echo $s\" $s; done; echo up; \
+        i=0; while [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done";
+    let (mut child, mut shown) = listening(line);
+    for (signal, name) in [
+        (Signal::HUP, "HUP"),
+        (Signal::USR1, "USR1"),
+        (Signal::USR2, "USR2"),
+        (Signal::TERM, "TERM"),
+    ] {
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let mut line = String::new();
+        shown.read_line(&mut line).unwrap();
+        assert_eq!(line.trim_end(), name);
+    }
+    // It does not end by any, so one more, soon, ends the machine.
+    let status = loop {
+        kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+        thread::sleep(Duration::from_millis(200));
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Some(128 + 2));
+}
+
+#[test]
+fn a_signal_that_ends_the_command_ends_the_run_with_its_status() {
+    let _slot = Slot::take();
+    let (mut child, _shown) = listening("echo up; exec sleep 1000");
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 2));
+    let (mut child, _shown) = listening("trap 'exit 4' TERM; echo up; while :; do sleep 0.1; done");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(4));
+}
+
+#[test]
+fn a_signal_before_the_command_runs_ends_the_machine() {
+    let _slot = Slot::take();
+    let mut command = run(&["--verbose"]);
+    command.args(["--", "sleep", "1000"]).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut boot = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("Linux version") {
+        line.clear();
+        assert!(boot.read_line(&mut line).unwrap() > 0, "it did not boot");
+    }
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let rest = thread::spawn(move || std::io::copy(&mut boot, &mut std::io::sink()));
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    rest.join().unwrap().unwrap();
 }
 
 #[test]

@@ -1,106 +1,19 @@
 //! Machines in the background: started, looked into, stopped, found again after a kill.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use strata_protocol::{AGENT_PORT, Greeting, Reply, Request};
-use tempfile::TempDir;
 
-use crate::guest::{Ended, STRATA, Slot};
 use crate::pty::Session;
-
-/// Nothing that these tests wait for takes this long.
-const LIMIT: Duration = Duration::from_mins(2);
-
-/// A user with no machines. Those that a test leaves are ended.
-struct User {
-    home: TempDir,
-    _slot: Slot,
-}
-
-impl User {
-    fn new() -> Self {
-        Self {
-            home: tempfile::tempdir().unwrap(),
-            _slot: Slot::take(),
-        }
-    }
-
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(STRATA);
-        command.args(words).env("XDG_STATE_HOME", self.home.path());
-        command
-    }
-
-    /// Runs `strata` with these words.
-    fn strata(&self, words: &[&str]) -> Ended {
-        self.command(words).output().unwrap().into()
-    }
-
-    /// Starts a machine in the background with these options and a line of shell.
-    fn start(&self, options: &[&str], line: &str) -> String {
-        let words = [
-            &["run", "-d", "--accel", "soft", "--timeout", "300s"],
-            options,
-            &["--", "sh", "-c", line],
-        ];
-        let ended = self.strata(&words.concat()).expect(0);
-        ended.text().trim_end().to_owned()
-    }
-
-    fn exec(&self, name: &str, line: &str) -> Ended {
-        self.strata(&["exec", name, "sh", "-c", line])
-    }
-
-    /// All machines as `ps` tells programs of them.
-    fn machines(&self) -> Vec<Value> {
-        let text = self
-            .strata(&["ps", "-a", "--output", "json"])
-            .expect(0)
-            .text();
-        serde_json::from_str(&text).unwrap()
-    }
-
-    fn machine(&self, name: &str) -> Value {
-        let all = self.machines();
-        let found = all.into_iter().find(|machine| machine["name"] == name);
-        found.unwrap_or_else(|| panic!("no machine {name}"))
-    }
-
-    fn state(&self, name: &str) -> String {
-        self.machine(name)["state"].as_str().unwrap().to_owned()
-    }
-
-    /// Waits until the machine's log has this text.
-    #[track_caller]
-    fn wait_for_log(&self, name: &str, text: &str) {
-        let end = Instant::now() + LIMIT;
-        loop {
-            let log = self.strata(&["logs", name]).expect(0).text();
-            if log.contains(text) {
-                return;
-            }
-            assert!(Instant::now() < end, "{text:?} is not in the log:\n{log}");
-            thread::sleep(Duration::from_millis(50));
-        }
-    }
-}
-
-impl Drop for User {
-    fn drop(&mut self) {
-        for machine in self.strata(&["ps", "-a", "-q"]).text().lines() {
-            self.strata(&["rm", "-f", machine]);
-        }
-    }
-}
+use crate::user::{LIMIT, User};
 
 #[test]
 fn a_machine_lives_in_the_background_until_it_is_removed() {
@@ -181,44 +94,6 @@ fn the_status_of_a_command_in_the_background_is_kept() {
 }
 
 #[test]
-fn who_attaches_sees_what_comes_passes_signals_and_gets_the_status() {
-    let user = User::new();
-    let line = "echo before; trap 'echo caught; exit 6' INT; \
-        while :; do [ -e /tmp/go ] && { rm /tmp/go; echo after; }; sleep 0.1; done";
-    let name = user.start(&[], line);
-    user.wait_for_log(&name, "before\n");
-    let mut command = user.command(&["attach", &name]);
-    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let mut shown = BufReader::new(child.stdout.take().unwrap());
-    let mut next = || {
-        let mut line = String::new();
-        shown.read_line(&mut line).unwrap();
-        line
-    };
-    // It may not have begun to look yet: then it sees the next one.
-    let asking = AtomicBool::new(true);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while asking.load(Ordering::Relaxed) {
-                user.exec(&name, "touch /tmp/go");
-                thread::sleep(Duration::from_millis(200));
-            }
-        });
-        assert_eq!(next(), "after\n");
-        asking.store(false, Ordering::Relaxed);
-    });
-    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    let mut last = next();
-    while last == "after\n" {
-        last = next();
-    }
-    assert_eq!(last, "caught\n");
-    assert_eq!(child.wait().unwrap().code(), Some(6));
-    let ended = user.strata(&["attach", &name]).expect(1);
-    assert!(ended.stderr.contains("is not running"), "{}", ended.stderr);
-}
-
-#[test]
 fn a_killed_machine_is_known_to_be_lost() {
     let user = User::new();
     let name = user.start(&[], "sleep 1000");
@@ -277,13 +152,11 @@ fn a_program_is_executed_as_if_it_ran_here() {
 
     // without -i there is no input; with it all of it arrives, and its end
     assert_eq!(
-        feed_to(&user, &["exec", &name, "cat"], b"x")
-            .expect(0)
-            .text(),
+        user.feed(&["exec", &name, "cat"], b"x").expect(0).text(),
         ""
     );
     let input: Vec<u8> = (0..1_500_000_u32).map(|i| (i / 7) as u8).collect();
-    let ended = feed_to(&user, &["exec", "-i", &name, "cat"], &input).expect(0);
+    let ended = user.feed(&["exec", "-i", &name, "cat"], &input).expect(0);
     assert!(
         ended.stdout == input,
         "{} bytes came back",
@@ -306,21 +179,6 @@ fn a_program_is_executed_as_if_it_ran_here() {
         .strata(&["exec", "-w", "/no/where", &name, "true"])
         .expect(127);
     assert!(nowhere.stderr.contains("/no/where"), "{}", nowhere.stderr);
-}
-
-fn feed_to(user: &User, words: &[&str], input: &[u8]) -> Ended {
-    let mut command = user.command(words);
-    let command = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    let input = input.to_vec();
-    let writer = thread::spawn(move || drop(stdin.write_all(&input)));
-    let output = child.wait_with_output().unwrap();
-    writer.join().unwrap();
-    output.into()
 }
 
 #[test]
@@ -515,7 +373,7 @@ fn input_is_typed_at_no_machine_in_the_background() {
     let words = [
         "run", "-d", "--accel", "soft", "--name", "deaf", "--", "wc", "-c",
     ];
-    feed_to(&user, &words, b"not for the guest").expect(0);
+    user.feed(&words, b"not for the guest").expect(0);
     user.strata(&["wait", "deaf"]).expect(0);
     assert_eq!(user.strata(&["logs", "deaf"]).expect(0).text().trim(), "0");
 }

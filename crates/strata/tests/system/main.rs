@@ -4,6 +4,7 @@
 //! All share the user's cached appliance. No test asserts a time.
 #![forbid(unsafe_code)]
 
+mod attach;
 mod boots;
 mod bridges;
 mod commands;
@@ -26,4 +27,5 @@ mod qcow2;
 mod sandbox;
 mod shares;
 mod terminal;
+mod user;
 mod vsock;

@@ -44,6 +44,41 @@ fn the_shell_knows_the_terminals_size_and_type() {
 }
 
 #[test]
+fn the_guests_terminal_follows_the_size_of_ours() {
+    let mut session = shell();
+    session.resize(44, 90);
+    session.type_keys("sleep 0.5; echo \"<$(stty size)>\"\r");
+    session.wait_for("<44 90>\r\n");
+    session.type_keys(QUIT);
+    assert_eq!(session.end(), 0);
+}
+
+#[test]
+fn the_status_of_what_was_on_the_terminal_is_the_runs() {
+    let mut session = shell();
+    session.type_keys("exit 3\r");
+    assert_eq!(session.end(), 3);
+    let mut command = run(&["-t"]);
+    command.args(["--", "sh", "-c", "tty; read line; exit 9"]);
+    let mut session = Session::start(command);
+    session.wait_for("/dev/ttyS0");
+    session.type_keys("\r");
+    assert_eq!(session.end(), 9);
+}
+
+#[test]
+fn ctrl_c_is_for_the_command_where_it_has_no_terminal() {
+    let mut command = run(&[] as &[&str]);
+    let line = "trap 'echo heard; exit 8' INT; echo up; while :; do sleep 0.1; done";
+    command.args(["--", "sh", "-c", line]);
+    let mut session = Session::start(command);
+    session.wait_for("up");
+    session.signal(Signal::INT);
+    session.wait_for("heard");
+    assert_eq!(session.end(), 8);
+}
+
+#[test]
 fn powering_off_ends_the_run_with_0_and_the_terminal_restored() {
     let mut session = shell();
     session.wait_until_raw();
