@@ -71,6 +71,12 @@ impl Place {
     }
 
     /// The same place for another user of the image's.
+    /// What runs here has a terminal of which nobody says what it is.
+    pub(crate) fn set_default_terminal(&mut self) {
+        let term = self.environment.entry("TERM".into());
+        term.or_insert("xterm".into());
+    }
+
     pub(crate) fn for_user(mut self, user: &str) -> Result<Self, String> {
         let user = find_user(Path::new("/"), user)?;
         self.environment.insert("HOME".into(), user.home);

@@ -50,3 +50,6 @@ pub const GREETING: &str = "Strata guest: Linux ";
 
 /// Largest piece of data in one message, bytes.
 pub const MAX_DATA: usize = 64 << 10;
+
+/// How much of a program's input may be on its way at once, bytes.
+pub const WINDOW: usize = 4 * MAX_DATA;

@@ -28,12 +28,12 @@ pub enum Request {
     Inform,
     /// A program is to run. The host goes on with [`Input::Data`] for its standard input,
     /// [`Input::End`], [`Input::Resize`] and [`Input::Signal`]; the guest answers
-    /// [`Reply::Started`], [`Reply::Output`] and at last [`Reply::Ended`]. The program gets SIGHUP
+    /// [`Reply::Started`], [`Reply::Taken`], [`Reply::Output`] and at last [`Reply::Ended`]. The program gets SIGHUP
     /// when the connection goes before.
     Exec(Exec),
     /// The host takes part in the main command: it goes on with [`Input`], of which the data is for
     /// a command that [takes input from there](crate::Streams::takes_input). The guest answers
-    /// [`Reply::Started`], and [`Reply::Done`] when the command has ended or will take no more. What
+    /// [`Reply::Started`], [`Reply::Taken`], and [`Reply::Done`] when the command has ended. What
     /// it writes goes the way that it always goes. Several may be attached, and the connection may
     /// go at any time.
     Attach,
@@ -96,7 +96,9 @@ pub struct Copy {
 /// What follows a request from the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Input {
-    /// Bytes of standard input or of a tar stream, at most [`crate::MAX_DATA`].
+    /// Bytes of standard input or of a tar stream, at most [`crate::MAX_DATA`]. Of standard input no more
+    /// than [`crate::WINDOW`] is on its way: what the guest has not told as [`Reply::Taken`]. So a
+    /// program that does not read holds up nothing but its input.
     Data(#[serde(with = "serde_bytes")] Vec<u8>),
     /// The end of those.
     End,
@@ -130,6 +132,8 @@ pub enum Reply {
         /// Its process number in the guest.
         pid: u32,
     },
+    /// The program has taken so many bytes of its standard input, or will never want them.
+    Taken(u32),
     /// The program wrote this, at most [`crate::MAX_DATA`] bytes.
     Output(Stream, #[serde(with = "serde_bytes")] Vec<u8>),
     /// The program has ended, and all it wrote has been sent.

@@ -96,13 +96,14 @@ impl From<End> for ExitCode {
 /// The part of `strata run --help` on exit statuses.
 pub(crate) const HELP: &str = "\
 Exit status:
-  with -- CMD  the command's own (126 not executable, 127 not found, 128+n signal n)
+  a command's  with -- CMD, an image or a shell: its own (126 not executable, 127 not found,
+               128+n signal n)
   0            the guest powered off or rebooted, or Ctrl-A x
   V * 2 + 1    the guest wrote V to the port of --debug-exit
   2            wrong usage
   124          --timeout was over
   125          no machine was started: bad input, or the host lacks something
-  128+n        signal n ended strata itself
+  128+n        signal n ended the command, or strata itself
   240          the guest's kernel panicked
   241          the guest's processor shut down on a triple fault
   242          the machine could not go on: a fault of Strata or of the host

@@ -102,17 +102,17 @@ impl Supervisor {
     }
 
     /// Catches signals, which wait until [`Caught::watch`] looks at them.
-    pub(crate) fn catch_signals(&self, audience: Audience) -> io::Result<Caught> {
+    pub(crate) fn catch_signals(&self, target: SignalTarget) -> io::Result<Caught> {
         let mut wanted = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT, END.as_raw()];
-        match &audience {
-            Audience::Terminal(_) => wanted.extend([SIGTSTP, SIGCONT, SIGWINCH]),
-            Audience::Command(_) => wanted.extend([SIGUSR1, SIGUSR2]),
-            Audience::Nobody => {}
+        match &target {
+            SignalTarget::Terminal(_) => wanted.extend([SIGTSTP, SIGCONT, SIGWINCH]),
+            SignalTarget::Command(_) => wanted.extend([SIGUSR1, SIGUSR2]),
+            SignalTarget::Nobody => {}
         }
         Ok(Caught {
             signals: Signals::new(wanted)?,
             stopper: self.stopper(),
-            audience,
+            target,
         })
     }
 
@@ -154,7 +154,7 @@ impl Supervisor {
 
 /// Who is interested in signals beside the machine.
 #[derive(Debug)]
-pub(crate) enum Audience {
+pub(crate) enum SignalTarget {
     /// Nobody.
     Nobody,
     /// The command: it gets them as if it ran here.
@@ -164,12 +164,21 @@ pub(crate) enum Audience {
     Terminal(Option<Control>),
 }
 
+impl SignalTarget {
+    /// Tells the command what size the terminal has now.
+    fn resize(&self) {
+        if let (Self::Terminal(Some(control)), Some(size)) = (self, terminal::size()) {
+            control.resize(size);
+        }
+    }
+}
+
 /// Signals that no longer do what they do by default.
 #[derive(Debug)]
 pub(crate) struct Caught {
     signals: Signals,
     stopper: Stopper,
-    audience: Audience,
+    target: SignalTarget,
 }
 
 impl Caught {
@@ -180,25 +189,29 @@ impl Caught {
             .spawn(move || {
                 let mut stopping = false;
                 let mut insistence = Insistence::default();
+                self.target.resize();
                 for signal in &mut self.signals {
-                    match (signal, &self.audience) {
+                    match (signal, &self.target) {
                         (SIGTSTP, _) => {
                             terminal::restore();
                             let _ = emulate_default_handler(SIGTSTP);
                         }
-                        (SIGCONT, _) => drop(terminal::set_raw()),
-                        (SIGWINCH, Audience::Terminal(control)) => {
-                            if let (Some(control), Some(size)) = (control, terminal::size()) {
-                                control.resize(size);
+                        // The size may have changed while nobody looked.
+                        (SIGCONT | SIGWINCH, target) => {
+                            if signal == SIGCONT {
+                                let _ = terminal::set_raw();
                             }
+                            target.resize();
+                        }
+                        (SIGUSR1 | SIGUSR2, SignalTarget::Command(control)) => {
+                            control.signal(signal);
                         }
                         // Who asks twice does not want to wait.
                         _ if stopping => leave(End::Signal(end_by(signal))),
-                        (number, Audience::Command(control))
+                        (number, SignalTarget::Command(control))
                             if number != END.as_raw()
                                 && !insistence.is_enough(number)
                                 && control.signal(number) => {}
-                        (SIGUSR1 | SIGUSR2, _) => {}
                         _ => {
                             stopping = true;
                             self.stopper.stop(Stop::Signal(end_by(signal)));
@@ -235,7 +248,7 @@ struct Insistence {
 impl Insistence {
     /// Whether a third such signal follows soon on two others. The second says so.
     fn is_enough(&mut self, signal: i32) -> bool {
-        if matches!(signal, SIGUSR1 | SIGUSR2) {
+        if !matches!(signal, SIGINT | SIGTERM) {
             return false;
         }
         let now = Instant::now();
@@ -245,7 +258,10 @@ impl Insistence {
         self.last = Some(now);
         self.times += 1;
         if self.times == 2 {
-            report::say("the command was told and goes on; once more ends the machine");
+            // Where nobody reads what is said, signals are looked at all the same.
+            let say =
+                || report::say("the command was told and goes on; once more ends the machine");
+            let _ = thread::Builder::new().spawn(say);
         }
         self.times > 2
     }

@@ -1,33 +1,33 @@
 //! Those of the host who take part in the main command.
 
-use std::io::BufReader;
+use std::io::{self, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::PollFlags;
 use rustix::process::{PidfdFlags, pidfd_open};
 use strata_protocol::{Reply, Run, Streams};
 use vsock::VsockStream;
 
-use super::inlet::{Inlet, Taken, wait_for};
+use super::proxy::{Proxy, wait_for};
 use super::{Agent, Answer, failed, main_command};
 
-/// Where the main command's input goes, for all who attach; `None` where it has none of theirs, or no
-/// more.
-#[derive(Debug, Default)]
-pub(super) struct MainInput(Mutex<Option<OwnedFd>>);
+/// Where the main command's input goes, for all who attach: this alone keeps it open. `None` where it
+/// has none of theirs, or no more.
+#[derive(Debug)]
+pub(super) struct MainInput(Mutex<Option<Arc<OwnedFd>>>);
 
 impl MainInput {
     pub(super) fn new(input: Option<OwnedFd>) -> Self {
-        Self(Mutex::new(input))
+        Self(Mutex::new(input.map(Arc::new)))
     }
 
-    fn get(&self) -> std::io::Result<Option<OwnedFd>> {
+    fn get(&self) -> Weak<OwnedFd> {
         let input = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        input.as_ref().map(OwnedFd::try_clone).transpose()
+        input.as_ref().map_or_else(Weak::new, Arc::downgrade)
     }
 
-    /// Nobody has more for it. A terminal is not closed by that.
+    /// Nobody has more for it.
     fn end(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -44,37 +44,29 @@ impl Agent {
                 ..
             }
         );
-        let watch = || -> std::io::Result<_> {
+        let watch = || -> io::Result<_> {
             let end = pidfd_open(pid, PidfdFlags::empty())?;
-            let inlet = Inlet::new(pid, self.main_input.get()?, is_terminal, stream, from)?;
-            Ok((end, inlet))
+            let proxy = Proxy::new(pid, self.main_input.get(), is_terminal, stream, from)?;
+            Ok((end, proxy))
         };
-        let (end, mut inlet) = watch().map_err(failed("watch the main command"))?;
-        inlet.tell(&Reply::Started {
+        let (end, mut proxy) = watch().map_err(failed("watch the main command"))?;
+        proxy.tell(&Reply::Started {
             pid: pid.as_raw_pid() as u32,
         });
-        loop {
-            if !inlet.has_message() {
-                let [host, input] = inlet.waits_for();
-                let watched = [Some((end.as_fd(), PollFlags::IN)), host, input];
-                let [ended, host, input] =
-                    wait_for(watched).map_err(failed("wait for the main command"))?;
-                if input {
-                    inlet.feed();
-                }
-                if ended {
-                    return Ok(Reply::Done);
-                }
-                if !host {
-                    continue;
-                }
+        while !proxy.is_gone() {
+            let [host, input] = proxy.waits_for();
+            let watched = [Some((end.as_fd(), PollFlags::IN)), host, input];
+            let [ended, host, input] = wait_for(watched, !proxy.has_message())
+                .map_err(failed("wait for the main command"))?;
+            proxy.serve(host, input);
+            if proxy.input_is_over() {
+                self.main_input.end();
             }
-            match inlet.take() {
-                Taken::Message => {}
-                Taken::End if is_terminal => {}
-                Taken::End => self.main_input.end(),
-                Taken::Gone => return Ok(Reply::Done),
+            if !ended.is_empty() {
+                break;
             }
         }
+        proxy.finish();
+        Ok(Reply::Done)
     }
 }

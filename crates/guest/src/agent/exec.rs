@@ -4,6 +4,7 @@ use std::io::BufReader;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
+use std::sync::{Arc, Weak};
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -12,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use strata_protocol::{Exec, Failure, FailureKind, MAX_DATA, Reply, Size, Status, Stream};
 use vsock::VsockStream;
 
-use super::inlet::{Inlet, Taken, Watched, wait_for};
+use super::proxy::{Proxy, wait_for};
 use super::{Agent, Answer, failed};
 use crate::command::{self, Unable};
 use crate::place::{add_variables, word};
@@ -28,7 +29,7 @@ impl Agent {
     ) -> Answer {
         let (child, ends) = self.start(exec)?;
         let mut program = Program::new(child, ends, stream, from)?;
-        program.tell(&Reply::Started {
+        program.proxy.tell(&Reply::Started {
             pid: program.child.id(),
         });
         program.serve()
@@ -54,10 +55,7 @@ impl Agent {
             }
         }
         if exec.terminal.is_some() {
-            place
-                .environment
-                .entry("TERM".into())
-                .or_insert("xterm".into());
+            place.set_default_terminal();
         }
         add_variables(&mut place.environment, &exec.environment);
         let unable = |Unable { status, message }| Failure {
@@ -140,19 +138,13 @@ struct Program<'a> {
     child: Child,
     /// Is readable when the program has ended.
     end: OwnedFd,
-    inlet: Inlet<'a>,
+    has_ended: bool,
+    has_hung_up: bool,
+    proxy: Proxy<'a>,
+    /// Keeps its input open.
+    input: Option<Arc<OwnedFd>>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
-}
-
-/// Who can be served.
-#[derive(Debug, Default)]
-struct Ready {
-    end: bool,
-    host: bool,
-    input: bool,
-    stdout: bool,
-    stderr: bool,
 }
 
 impl<'a> Program<'a> {
@@ -163,14 +155,16 @@ impl<'a> Program<'a> {
         from: BufReader<&'a VsockStream>,
     ) -> Result<Self, Failure> {
         let pid = Pid::from_child(&child);
+        let input = ends.input.map(Arc::new);
+        let to = input.as_ref().map_or_else(Weak::new, Arc::downgrade);
         let watch = || {
             for stream in [&ends.stdout, &ends.stderr].into_iter().flatten() {
                 rustix::io::ioctl_fionbio(stream, true)?;
             }
-            let inlet = Inlet::new(pid, ends.input, ends.terminal, host, from)?;
-            Ok::<_, Errno>((pidfd_open(pid, PidfdFlags::empty())?, inlet))
+            let proxy = Proxy::new(pid, to, ends.terminal, host, from)?;
+            Ok::<_, Errno>((pidfd_open(pid, PidfdFlags::empty())?, proxy))
         };
-        let (end, inlet) = watch()
+        let (end, proxy) = watch()
             .map_err(failed("watch the program"))
             .inspect_err(|_| {
                 let _ = child.kill();
@@ -179,7 +173,10 @@ impl<'a> Program<'a> {
         Ok(Self {
             child,
             end,
-            inlet,
+            has_ended: false,
+            has_hung_up: false,
+            proxy,
+            input,
             stdout: ends.stdout,
             stderr: ends.stderr,
         })
@@ -190,28 +187,28 @@ impl<'a> Program<'a> {
         let mut piece = vec![0; MAX_DATA];
         let mut left = LAST;
         loop {
-            let ready = self.wait().map_err(failed("wait for the program"))?;
-            if ready.host && self.inlet.take() == Taken::Gone {
-                self.hang_up();
-            }
-            if ready.input {
-                self.inlet.feed();
-            }
+            // While the host does not take what it was sent, no more is read for it.
+            let may_read = self.proxy.is_idle();
+            let ready = self
+                .wait(may_read)
+                .map_err(failed("wait for the program"))?;
+            let [stdout, stderr] = ready;
             let mut count = 0;
-            if ready.stdout {
+            if stdout {
                 count += self.forward(Stream::Stdout, &mut piece);
             }
-            if ready.stderr {
+            if stderr {
                 count += self.forward(Stream::Stderr, &mut piece);
             }
-            if ready.end {
+            if self.has_ended {
                 left = left.saturating_sub(count);
-                let is_quiet = !ready.stdout && !ready.stderr;
+                let is_quiet = may_read && !stdout && !stderr;
                 if is_quiet || left == 0 {
                     break;
                 }
             }
         }
+        self.proxy.finish();
         let status = self
             .child
             .wait()
@@ -223,29 +220,31 @@ impl<'a> Program<'a> {
         Ok(Reply::Ended(status))
     }
 
-    fn wait(&self) -> Result<Ready, Errno> {
-        if self.inlet.has_message() {
-            return Ok(Ready {
-                host: true,
-                ..Ready::default()
-            });
-        }
-        let [host, input] = self.inlet.waits_for();
+    /// Waits for something to do, serves the host, and gives whether standard output and error have
+    /// something.
+    fn wait(&mut self, may_read: bool) -> Result<[bool; 2], Errno> {
+        let [host, input] = self.proxy.waits_for();
+        let to_read = |stream| may_read.then_some(stream).flatten();
         let watched = [
-            Some((self.end.as_fd(), PollFlags::IN)),
+            Some((self.end.as_fd(), PollFlags::IN)).filter(|_| !self.has_ended),
             host,
             input,
-            to_read(self.stdout.as_ref()),
-            to_read(self.stderr.as_ref()),
+            to_read(self.stdout.as_ref()).map(|stream: &OwnedFd| (stream.as_fd(), PollFlags::IN)),
+            to_read(self.stderr.as_ref()).map(|stream: &OwnedFd| (stream.as_fd(), PollFlags::IN)),
         ];
-        let [end, host, input, stdout, stderr] = wait_for(watched)?;
-        Ok(Ready {
-            end,
-            host,
-            input,
-            stdout,
-            stderr,
-        })
+        // After its end there is what there is.
+        let is_done = self.has_ended && may_read;
+        let ready = wait_for(watched, !is_done && !self.proxy.has_message())?;
+        let [end, host, input, stdout, stderr] = ready;
+        self.has_ended |= !end.is_empty();
+        self.proxy.serve(host, input);
+        if self.proxy.input_is_over() {
+            self.input = None;
+        }
+        if self.proxy.is_gone() && !self.has_hung_up {
+            self.hang_up();
+        }
+        Ok([!stdout.is_empty(), !stderr.is_empty()])
     }
 
     /// Sends the next piece of what the program wrote; gives its length.
@@ -262,35 +261,26 @@ impl<'a> Program<'a> {
                 0
             }
             Ok(count) => {
-                if !self.inlet.is_gone() {
-                    self.tell(&Reply::Output(stream, piece[..count].to_vec()));
-                }
+                self.proxy
+                    .tell(&Reply::Output(stream, piece[..count].to_vec()));
                 count
             }
             Err(_) => 0,
         }
     }
 
-    fn tell(&mut self, reply: &Reply) {
-        if !self.inlet.tell(reply) {
-            self.hang_up();
-        }
-    }
-
     /// The host has gone: the program learns of it as from a terminal.
     fn hang_up(&mut self) {
-        self.inlet.close();
-        if self.inlet.terminal {
+        self.has_hung_up = true;
+        self.proxy.close();
+        self.input = None;
+        if self.proxy.terminal {
             self.stdout = None;
         }
         // What it still writes to pipes is thrown away: it may have last things to do, and would
         // end in a write to a pipe that nobody reads.
         for signal in [Signal::HUP, Signal::CONT] {
-            let _ = kill_process_group(self.inlet.pid, signal);
+            let _ = kill_process_group(self.proxy.pid, signal);
         }
     }
-}
-
-fn to_read(stream: Option<&OwnedFd>) -> Watched<'_> {
-    Some((stream?.as_fd(), PollFlags::IN))
 }

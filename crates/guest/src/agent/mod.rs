@@ -8,7 +8,7 @@ mod attach;
 mod exec;
 mod facts;
 mod files;
-mod inlet;
+mod proxy;
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -18,7 +19,11 @@ const TRIES: usize = 5000;
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// The open port.
-pub(super) struct Control(File);
+pub(super) struct Control {
+    port: File,
+    /// The command's process, as long as it is that.
+    command: Arc<Mutex<Option<Pid>>>,
+}
 
 impl Control {
     /// Waits for the port, whose name arrives a moment after the driver, and opens it.
@@ -35,26 +40,29 @@ impl Control {
             thread::sleep(PAUSE);
         };
         let port = OpenOptions::new().read(true).write(true).open(path);
-        port.map(Self)
-            .map_err(Fault::of::<io::Error>("open the port of the command"))
+        let port = port.map_err(Fault::of::<io::Error>("open the port of the command"))?;
+        let command = Arc::default();
+        Ok(Self { port, command })
     }
 
     pub(super) fn tell(&mut self, reply: &Reply) {
         // Who is not there needs not know.
-        let _ = write(&mut self.0, reply);
+        let _ = write(&mut self.port, reply);
     }
 
     /// Passes on what the host says, from now on and for ever, to the command that is process `pid`,
     /// and to its `terminal` if it is on one.
     pub(super) fn listen(&self, pid: u32, terminal: Option<OwnedFd>) {
-        let (Ok(mut port), Some(pid)) = (self.0.try_clone(), Pid::from_raw(pid as i32)) else {
+        *lock(&self.command) = Pid::from_raw(pid as i32);
+        let command = Arc::clone(&self.command);
+        let Ok(mut port) = self.port.try_clone() else {
             return;
         };
         let listen = move || {
             while let Ok(Some(input)) = read(&mut port) {
                 match (input, &terminal) {
                     (Input::Signal(number), _) => {
-                        if let Some(signal) = sys::signal(number) {
+                        if let (Some(signal), Some(pid)) = (sys::signal(number), *lock(&command)) {
                             let _ = sys::pass(signal, pid);
                         }
                     }
@@ -67,6 +75,15 @@ impl Control {
             eprintln!("strata: signals to the command are lost: {error}");
         }
     }
+
+    /// The command has ended: its number may be another process's from now on.
+    pub(super) fn forget(&self) {
+        *lock(&self.command) = None;
+    }
+}
+
+fn lock(command: &Mutex<Option<Pid>>) -> MutexGuard<'_, Option<Pid>> {
+    command.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The device of the port with this name, when it is there.

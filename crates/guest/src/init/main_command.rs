@@ -99,7 +99,7 @@ fn run_command(
         .map_err(|Fault(message)| Unable::guest(message))
         .and_then(|place| match &ports {
             None => on_console(session, place, words),
-            Some(ports) => on_ports(ports, &place, words, streams),
+            Some(ports) => on_ports(ports, place, words, streams),
         });
     let main = match started {
         Ok(main) => main,
@@ -117,6 +117,7 @@ fn run_command(
     // The agent has it alone, so that it can end.
     drop(main.input);
     let (status, ending) = wait_for(Some(main.pid), signals);
+    control.forget();
     if let (Some(relays), Some(_)) = (main.relays, status) {
         relays.finish();
     }
@@ -142,12 +143,15 @@ fn enter(session: &Session) -> Result<Place, Fault> {
 /// Starts a command whose output goes to the ports.
 fn on_ports(
     ports: &Ports,
-    place: &Place,
+    mut place: Place,
     words: &[Vec<u8>],
     streams: Streams,
 ) -> Result<Main, Unable> {
     let on_terminal = matches!(streams, Streams::Terminal(_));
-    let mut command = command::prepare(words, place, on_terminal)?;
+    if on_terminal {
+        place.set_default_terminal();
+    }
+    let mut command = command::prepare(words, &place, on_terminal)?;
     let made = ports.make(streams, place.identity.as_ref());
     let (ends, relays, input) =
         made.map_err(|error| Unable::guest(format!("no streams: {error}")))?;

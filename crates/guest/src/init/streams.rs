@@ -151,9 +151,14 @@ fn copy(from: &OwnedFd, mut to: &File) -> Result<usize, Errno> {
     Ok(count)
 }
 
+/// How much of what the command wrote is still moved after its end, bytes: more than a pipe holds.
+/// What it left running could go on for ever.
+const LAST: usize = 1 << 20;
+
 /// Moves what the command writes to a port until it is all and the command `gone`.
 fn drain(from: &OwnedFd, gone: &OwnedFd, to: &File, how: Move) {
-    loop {
+    let mut left = LAST;
+    while left > 0 {
         let mut waiting = [
             PollFd::new(from, PollFlags::IN),
             PollFd::new(gone, PollFlags::IN),
@@ -164,8 +169,10 @@ fn drain(from: &OwnedFd, gone: &OwnedFd, to: &File, how: Move) {
             Err(Errno::INTR) => continue,
             Err(_) => return,
         }
+        let is_last = !waiting[1].revents().is_empty();
         match how(from, to) {
             Ok(0) => return,
+            Ok(count) if is_last => left = left.saturating_sub(count),
             // A terminal that those who attach write to does not wait.
             Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
             Err(_) => return,

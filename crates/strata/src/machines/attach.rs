@@ -3,15 +3,16 @@
 //! What it prints comes from the machine's log, so that those who are attached never hold it up.
 //! Input, signals and sizes go to the agent.
 
-use std::process;
+use std::thread;
 
 use clap::Args;
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::consts::{SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::iterator::Signals;
 use strata_machines::{Machine, State};
-use strata_protocol::{Input, Reply, Request, Size};
+use strata_protocol::{FailureKind, Input, Reply, Request, Size};
 
 use super::agent::Agent;
-use super::outlet::{Outlet, make_raw, size};
+use super::proxy::{Proxy, leave, make_raw, size};
 use super::{Fault, arguments, find, logs};
 use crate::cli::RunArgs;
 use crate::exit::End;
@@ -46,11 +47,25 @@ pub(crate) fn attach(args: &AttachArgs) -> Result<End, Fault> {
     if !machine.state()?.is_running() {
         return Err(strata_machines::Error::NotRunning(machine.name().to_owned()).into());
     }
+    let run = arguments(&machine)?;
+    let takes_input = run.interactive || run.tty;
+    if args.end_input && !takes_input {
+        return Err(Fault::Usage(format!(
+            "the command of '{}' takes no input: it was run without -i and -t; leave out --end-input",
+            machine.name()
+        )));
+    }
     // From here on, whatever the guest has to be waited for.
     let output = logs::Following::begin(&machine)?;
-    let run = arguments(&machine)?;
     let raw = if run.has_main_command() {
-        take_part(&machine, args, &run)?
+        match take_part(&machine, args, &run) {
+            Ok(raw) => raw,
+            // A short one has ended meanwhile, or is about to: what it printed is there.
+            Err(fault) if machine.state()?.is_running() && !is_about_to_end(&fault) => {
+                return Err(fault);
+            }
+            Err(_) => None,
+        }
     } else {
         None
     };
@@ -65,6 +80,13 @@ pub(crate) fn attach(args: &AttachArgs) -> Result<End, Fault> {
     })
 }
 
+/// Whether a guest that goes down is the likely reason.
+fn is_about_to_end(fault: &Fault) -> bool {
+    let is_gone = FailureKind::NotFound;
+    matches!(fault, Fault::Broken(_))
+        || matches!(fault, Fault::Guest { kind, .. } if *kind == is_gone)
+}
+
 /// Gives the main command what this process has for it.
 fn take_part(
     machine: &Machine,
@@ -73,29 +95,34 @@ fn take_part(
 ) -> Result<Option<RawMode>, Fault> {
     let mut agent = Agent::ask(machine, &Request::Attach)?;
     while !matches!(agent.reply()?, Reply::Started { .. }) {}
-    let outlet = Outlet::of(&agent)?;
+    let proxy = Proxy::of(&agent)?;
     let takes_input = (run.interactive || run.tty) && !args.no_input;
     let raw = if takes_input && run.tty {
         make_raw()?
     } else {
         None
     };
+    listen(agent, proxy.clone())?;
     if raw.is_some() {
         // What fills the screen draws it anew when its size is another.
         let now = size();
         let rows = now.rows.saturating_add(1);
-        outlet.send(&Input::Resize(Size { rows, ..now }));
-        outlet.send(&Input::Resize(now));
-        outlet.pass_signals(&[SIGWINCH])?;
-    } else if !args.no_signals {
-        // A hang-up is not passed on: the machine outlives terminals.
-        outlet.pass_signals(&[SIGINT, SIGTERM, SIGUSR1, SIGUSR2])?;
+        proxy.send(&Input::Resize(Size { rows, ..now }));
+        proxy.send(&Input::Resize(now));
+        proxy.pass_signals(&[], true)?;
+    } else {
+        leave_on_quit()?;
+        if !args.no_signals {
+            // A hang-up is not passed on: the machine outlives terminals.
+            proxy.pass_signals(&[SIGINT, SIGTERM, SIGUSR1, SIGUSR2], false)?;
+        }
     }
     if takes_input {
         let mut keys = raw.is_some().then(|| Keys::new(Subject::Attached));
         let ends = args.end_input;
-        outlet.pass_input(move |input| match (input, &mut keys) {
-            (Input::Data(typed), Some(keys)) => type_in(keys, &typed),
+        let way = proxy.clone();
+        proxy.pass_input(move |input| match (input, &mut keys) {
+            (Input::Data(typed), Some(keys)) => type_in(keys, &typed, &way),
             (Input::End, _) if !ends => None,
             (input, _) => Some(input),
         })?;
@@ -103,21 +130,54 @@ fn take_part(
     Ok(raw)
 }
 
+/// Hears how much of the input was taken, until the agent has nothing more to say.
+fn listen(mut agent: Agent, proxy: Proxy) -> Result<(), Fault> {
+    let hear = move || {
+        while let Ok(reply) = agent.reply() {
+            match reply {
+                Reply::Taken(count) => proxy.taken(count),
+                Reply::Done => break,
+                _ => {}
+            }
+        }
+        proxy.close();
+    };
+    let started = thread::Builder::new().name("agent".to_owned()).spawn(hear);
+    started.map(drop).map_err(Fault::host("start a thread"))
+}
+
+/// Ctrl-\ leaves where no other key is ours.
+fn leave_on_quit() -> Result<(), Fault> {
+    let mut signals = Signals::new([SIGQUIT]).map_err(Fault::host("watch for signals"))?;
+    let wait = move || {
+        if signals.forever().next().is_some() {
+            detach();
+        }
+    };
+    let started = thread::Builder::new().name("quit".to_owned()).spawn(wait);
+    started.map(drop).map_err(Fault::host("start a thread"))
+}
+
 /// Obeys the keys that are for us; gives the others.
-fn type_in(keys: &mut Keys, typed: &[u8]) -> Option<Input> {
+fn type_in(keys: &mut Keys, typed: &[u8], proxy: &Proxy) -> Option<Input> {
     let mut send = Vec::with_capacity(typed.len());
     for byte in typed {
         match keys.feed(*byte) {
             Key::Send(byte) => send.push(byte),
             Key::Leave => {
-                terminal::restore();
-                eprintln!();
-                report::say("detached; the machine goes on");
-                process::exit(0);
+                proxy.send(&Input::Data(send));
+                detach();
             }
             Key::Help => drop(Stream::Stderr.write(Subject::Attached.help().as_bytes())),
             Key::Nothing => {}
         }
     }
     (!send.is_empty()).then_some(Input::Data(send))
+}
+
+fn detach() -> ! {
+    terminal::restore();
+    eprintln!();
+    report::say("detached; the machine goes on");
+    leave(0)
 }

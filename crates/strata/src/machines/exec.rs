@@ -5,11 +5,11 @@ use std::io::{self, IsTerminal};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use clap::Args;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use strata_protocol::{Exec, Reply, Request, Stream};
 
 use super::agent::Agent;
-use super::outlet::{Outlet, make_raw, size};
+use super::proxy::{Proxy, make_raw, size};
 use super::{Fault, find};
 use crate::exit::End;
 use crate::streams;
@@ -79,23 +79,25 @@ pub(crate) fn exec(args: &ExecArgs) -> Result<End, Fault> {
     let mut agent = Agent::ask(&machine, &request)?;
     // Nothing else comes before.
     while !matches!(agent.reply()?, Reply::Started { .. }) {}
-    let outlet = Outlet::of(&agent)?;
+    let proxy = Proxy::of(&agent)?;
     let raw = if args.tty { make_raw()? } else { None };
-    outlet.pass_signals(if args.tty {
-        &[SIGWINCH, SIGTERM, SIGHUP]
+    if args.tty {
+        proxy.pass_signals(&[SIGTERM, SIGHUP], true)?;
     } else {
-        &[SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2]
-    })?;
-    if args.interactive || args.tty {
-        outlet.pass_input(Some)?;
+        let wanted = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2];
+        proxy.pass_signals(&wanted, false)?;
     }
-    let status = forward(&mut agent);
+    if args.interactive || args.tty {
+        proxy.pass_input(Some)?;
+    }
+    let status = forward(&mut agent, &proxy);
+    proxy.close();
     drop(raw);
     status
 }
 
 /// Writes what the program writes, until it ends.
-fn forward(agent: &mut Agent) -> Result<End, Fault> {
+fn forward(agent: &mut Agent, proxy: &Proxy) -> Result<End, Fault> {
     loop {
         match agent.reply()? {
             Reply::Output(stream, bytes) => {
@@ -115,6 +117,7 @@ fn forward(agent: &mut Agent) -> Result<End, Fault> {
                     }
                 }
             }
+            Reply::Taken(count) => proxy.taken(count),
             Reply::Ended(status) => return Ok(End::Command(status.code())),
             _ => {}
         }

@@ -12,7 +12,7 @@ mod copy;
 mod detach;
 mod exec;
 mod logs;
-mod outlet;
+mod proxy;
 mod ps;
 mod remove;
 mod stats;

@@ -27,7 +27,7 @@ use crate::sandbox;
 use crate::share;
 use crate::sockets;
 use crate::stats::{Maps, Stats};
-use crate::supervisor::{Audience, Supervisor};
+use crate::supervisor::{SignalTarget, Supervisor};
 
 /// Why no machine was started.
 #[derive(Debug, thiserror::Error)]
@@ -234,15 +234,15 @@ fn go(
     let opened = Machine::open(config).map_err(Fault::Machine)?;
     drop(boot.keeps);
     // In the background signals are for the machine: its command has ways of its own.
-    let audience = match (&streams.terminal, streams.control.clone()) {
-        (Some(_), control) => Audience::Terminal(control),
+    let target = match (&streams.terminal, streams.control.clone()) {
+        (Some(_), control) => SignalTarget::Terminal(control),
         (None, Some(control)) if lasting.is_none() && !talk.is_on_console() => {
-            Audience::Command(control)
+            SignalTarget::Command(control)
         }
-        _ => Audience::Nobody,
+        _ => SignalTarget::Nobody,
     };
     let signals = supervisor
-        .catch_signals(audience)
+        .catch_signals(target)
         .map_err(Fault::host("watch for signals"))?;
 
     let maps = args.stats.map(|_| Maps::open()).transpose();

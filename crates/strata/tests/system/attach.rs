@@ -1,15 +1,16 @@
 //! `strata attach`: input, output, signals and terminals of commands in the background.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::pty::{COLUMNS, ROWS, Session};
-use crate::user::User;
+use crate::user::{LIMIT, User};
 
 const DETACH: &str = "\x01d";
 
@@ -87,15 +88,90 @@ fn a_command_in_the_background_takes_input_from_those_who_attach() {
     drop(keyboard);
     keyboard_too.write_all(b"three\n").unwrap();
     assert_eq!(next_line(&mut shown_too), "<three>\n");
-    first.kill().unwrap();
-    first.wait().unwrap();
+    assert_eq!(next_line(&mut shown), "<three>\n");
+
+    // Ctrl-\ is how one leaves.
+    kill_process(Pid::from_child(&first), Signal::QUIT).unwrap();
+    assert_eq!(first.wait().unwrap().code(), Some(0));
+    let (mut third, mut shown) = attached(&user, &["--no-input"], &name);
     keyboard_too.write_all(b"four\n").unwrap();
     assert_eq!(next_line(&mut shown_too), "<four>\n");
 
-    // That of the other is the command's.
+    // The end of the other's is the command's, whoever else is attached.
     drop(keyboard_too);
     assert_eq!(next_line(&mut shown_too), "end\n");
     assert_eq!(second.wait().unwrap().code(), Some(5));
+    assert_eq!(third.wait().unwrap().code(), Some(5));
+    let mut rest = String::new();
+    shown.read_to_string(&mut rest).unwrap();
+    assert!(rest.ends_with("end\n"), "{rest}");
+}
+
+#[test]
+fn who_attaches_late_learns_how_it_ended() {
+    let user = User::new();
+    let name = user.start(&[], "echo hi; exit 7");
+    // It is being booted still, and will not be there for long.
+    let ended = user.strata(&["attach", &name]).expect(7);
+    assert_eq!(ended.text(), "hi\n");
+}
+
+#[test]
+fn signals_do_not_wait_behind_input_that_nobody_reads() {
+    let user = User::new();
+    let line = "echo up; head -c 1 >/dev/null; echo fed; exec sleep 1000";
+    let name = user.start(&["-i"], line);
+    user.wait_for_log(&name, "up\n");
+    let endless = || File::open("/dev/zero").unwrap();
+
+    let mut exec = user.command(&[
+        "exec",
+        "-i",
+        &name,
+        "sh",
+        "-c",
+        "echo up >&2; exec sleep 1000",
+    ]);
+    let exec = exec.stdin(endless()).stderr(Stdio::piped());
+    let mut child = exec.spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    assert_eq!(next_line(&mut said), "up\n");
+    // Until all that can be on its way is.
+    thread::sleep(Duration::from_secs(1));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 2));
+
+    let mut attach = user.command(&["attach", &name]);
+    let attach = attach.stdin(endless()).stdout(Stdio::piped());
+    let mut child = attach.spawn().unwrap();
+    let mut shown = BufReader::new(child.stdout.take().unwrap());
+    assert_eq!(next_line(&mut shown), "fed\n");
+    thread::sleep(Duration::from_secs(1));
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+}
+
+#[test]
+fn signals_do_not_wait_behind_output_that_nobody_reads() {
+    let user = User::new();
+    let name = user.start(&[], "sleep 1000");
+    let mut exec = user.command(&["exec", &name, "sh", "-c", "echo up >&2; exec yes"]);
+    let exec = exec.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = exec.spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    assert_eq!(next_line(&mut said), "up\n");
+    let full = child.stdout.take().unwrap();
+    thread::sleep(Duration::from_secs(1));
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    // It is dead, and what it wrote still waits for us.
+    let is_dead = "sed 's/.*) //' /proc/$(pidof yes)/stat | grep ^Z";
+    let end = Instant::now() + LIMIT;
+    while user.exec(&name, is_dead).status != Some(0) {
+        assert!(Instant::now() < end, "the signal did not arrive");
+        thread::sleep(Duration::from_millis(100));
+    }
+    drop(full);
+    child.wait().unwrap();
 }
 
 #[test]
@@ -143,12 +219,14 @@ fn a_command_in_the_background_has_a_terminal_that_follows_ours() {
     user.strata(&words).expect(0);
     let mut session = Session::start_beside(user.command(&["attach", "term"]));
     session.wait_until_raw();
-    session.type_keys("echo \"<$(stty size) $(tty)>\"\r");
-    session.wait_for(&format!("<{ROWS} {COLUMNS} /dev/pts/0>"));
+    session.type_keys("echo \"<$(stty size) $(tty) $TERM>\"\r");
+    session.wait_for(&format!("<{ROWS} {COLUMNS} /dev/pts/0 xterm>"));
     session.resize(44, 90);
-    session.type_keys("sleep 0.5; echo \"<$(stty size)>\"; kept=yes\r");
-    session.wait_for("<44 90>");
-    session.type_keys(DETACH);
+    session
+        .type_keys("until [ \"$(stty size)\" = '44 90' ]; do sleep 0.1; done; echo so\"\"it is\r");
+    session.wait_for("soit is");
+    // What is typed just before the keys that detach is typed.
+    session.type_keys(&format!("kept=yes\r{DETACH}"));
     session.wait_for("detached");
     assert_eq!(session.end(), 0);
 

@@ -1,6 +1,6 @@
 //! A command in the guest: its streams and its status are ours.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -92,6 +92,15 @@ fn a_signal_that_ends_the_command_ends_the_run_with_its_status() {
     let (mut child, _shown) = listening("echo up; exec sleep 1000");
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(128 + 2));
+    // As on a terminal the whole group hears of it, such as a shell's child, for which it waits.
+    let (mut child, mut shown) = listening(
+        "trap 'echo shell' INT; sh -c 'trap \"echo child; exit\" INT; echo up; while :; do sleep 0.1; done'",
+    );
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let mut heard = String::new();
+    shown.read_to_string(&mut heard).unwrap();
+    assert_eq!(heard, "child\nshell\n");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
     let (mut child, _shown) = listening("trap 'exit 4' TERM; echo up; while :; do sleep 0.1; done");
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(4));

@@ -299,8 +299,9 @@ fn a_terminal_in_the_guest_has_our_size_and_follows_it() {
         crate::pty::COLUMNS
     ));
     session.resize(44, 90);
-    session.type_keys("sleep 0.5; echo \"<$(stty size)>\"\r");
-    session.wait_for("<44 90>");
+    session
+        .type_keys("until [ \"$(stty size)\" = '44 90' ]; do sleep 0.1; done; echo so\"\"it is\r");
+    session.wait_for("soit is");
     // the keys for signals are the program's
     session.type_keys("sh -c 'echo begun; exec sleep 1000'\r");
     session.wait_for("begun\r\n");

@@ -47,8 +47,9 @@ fn the_shell_knows_the_terminals_size_and_type() {
 fn the_guests_terminal_follows_the_size_of_ours() {
     let mut session = shell();
     session.resize(44, 90);
-    session.type_keys("sleep 0.5; echo \"<$(stty size)>\"\r");
-    session.wait_for("<44 90>\r\n");
+    session
+        .type_keys("until [ \"$(stty size)\" = '44 90' ]; do sleep 0.1; done; echo so\"\"it is\r");
+    session.wait_for("soit is");
     session.type_keys(QUIT);
     assert_eq!(session.end(), 0);
 }
