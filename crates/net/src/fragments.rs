@@ -19,8 +19,6 @@ const MAX_FRAGMENTS: usize = 128;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes of the largest payload.
 const MAX_PAYLOAD: usize = 65_535 - IPV4_HEADER;
-/// Next header of IPv6: a fragment.
-const FRAGMENT_HEADER: u8 = 44;
 const FRAGMENT_HEADER_SIZE: usize = 8;
 
 /// What tells packets apart.
@@ -82,7 +80,7 @@ impl<'a> Fragment<'a> {
 
     fn split_v6(bytes: &'a [u8]) -> Option<(Key, (usize, bool), &'a [u8])> {
         let total = IPV6_HEADER + usize::from(u16_at(bytes, 4)?);
-        if *bytes.get(6)? != FRAGMENT_HEADER {
+        if *bytes.get(6)? != protocol::FRAGMENT {
             return None;
         }
         let place = u16_at(bytes, IPV6_HEADER + 2)?;
@@ -257,7 +255,7 @@ pub(crate) mod tests {
                 bytes[6..8].copy_from_slice(&place.to_be_bytes());
             } else {
                 let length = (FRAGMENT_HEADER_SIZE + piece.len()) as u16;
-                let next = std::mem::replace(&mut bytes[6], FRAGMENT_HEADER);
+                let next = std::mem::replace(&mut bytes[6], protocol::FRAGMENT);
                 bytes[4..6].copy_from_slice(&length.to_be_bytes());
                 bytes.extend([next, 0]);
                 bytes.extend((offset as u16 | u16::from(more)).to_be_bytes());

@@ -148,6 +148,32 @@ pub(crate) fn advertised(packet: &Packet<'_>) -> Option<Ipv6Addr> {
     }
 }
 
+/// The address that a guest without one asks about before it takes it (RFC 4862 §5.4).
+pub(crate) fn probed(packet: &Packet<'_>) -> Option<Ipv6Addr> {
+    let probes = packet.protocol == protocol::ICMPV6
+        && packet.payload.first() == Some(&icmp::NEIGHBOUR_SOLICITATION)
+        && packet.source == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    if probes {
+        ipv6_at(packet.payload, 8)
+    } else {
+        None
+    }
+}
+
+/// Whether a message is one of neighbour discovery, none of which comes in fragments (RFC 6980).
+pub(crate) fn is_discovery(packet: &Packet<'_>) -> bool {
+    packet.protocol == protocol::ICMPV6
+        && matches!(
+            packet.payload.first(),
+            Some(icmp::ROUTER_SOLICITATION..=icmp::REDIRECT)
+        )
+}
+
+/// Whether a datagram comes from a DHCP server for IPv6 (RFC 8415 §7.2), which no guest is.
+pub(crate) fn is_dhcpv6_servers(packet: &Packet<'_>) -> bool {
+    packet.protocol == protocol::UDP && wire::u16_at(packet.payload, 0) == Some(DHCPV6_SERVER)
+}
+
 /// The answer to ICMPv6 messages of neighbour discovery.
 pub(crate) fn discover(packet: &Packet<'_>, guest: &Addresses, router: bool) -> Option<Vec<u8>> {
     if packet.protocol != protocol::ICMPV6 {
@@ -221,6 +247,7 @@ pub(crate) fn router_advertisement(subnet: Subnet, router: bool) -> Vec<u8> {
 
 pub(crate) const DHCP_SERVER: u16 = 67;
 pub(crate) const DHCP_CLIENT: u16 = 68;
+const DHCPV6_SERVER: u16 = 547;
 /// Where the options of a DHCP message begin, and what is just before (RFC 2131 §3).
 const DHCP_OPTIONS: usize = 240;
 const DHCP_COOKIE: u32 = 0x6382_5363;

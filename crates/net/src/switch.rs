@@ -11,7 +11,7 @@ use rustix::event::epoll;
 
 use crate::bridge::Services;
 use crate::config::{
-    Addresses, Config, FIRST_GUEST, GATEWAY_MAC, LAST_GUEST, is_gateway, is_inside,
+    Addresses, Config, FIRST_GUEST, GATEWAY_LINK, GATEWAY_MAC, LAST_GUEST, is_gateway, is_inside,
 };
 use crate::fragments::{Fragment, Whole};
 use crate::gateway::{self, Arp};
@@ -159,7 +159,9 @@ impl Switch {
         match frame.ethertype {
             ethertype::ARP => Arp::parse(packet).is_some_and(|arp| {
                 let (mac, ip) = arp.sender;
-                mac == own.mac.0 && (ip == own.ipv4 || ip.is_unspecified())
+                // Whoever has no address yet asks for nobody's but its own (RFC 5227).
+                let probes = ip.is_unspecified() && arp.target == own.ipv4;
+                mac == own.mac.0 && (ip == own.ipv4 || probes)
             }),
             ethertype::IPV4 => {
                 // A fragment says so too, if it is the first.
@@ -185,13 +187,23 @@ impl Switch {
                 let Some(source) = ipv6_at(packet, 8) else {
                     return false;
                 };
-                let parsed = Packet::parse(packet);
-                if parsed.as_ref().is_some_and(gateway::is_routers) {
+                let behind = Packet::parse(packet).and_then(Packet::behind_extensions);
+                let Some((inner, is_fragment)) = behind else {
+                    return false;
+                };
+                if gateway::is_routers(&inner)
+                    || gateway::is_dhcpv6_servers(&inner)
+                    || is_fragment && gateway::is_discovery(&inner)
+                {
                     return false;
                 }
-                let advertised = parsed.as_ref().and_then(gateway::advertised);
-                (source.is_unspecified() || self.claim(number, source))
-                    && advertised.is_none_or(|address| self.claim(number, address))
+                let about = gateway::advertised(&inner).or_else(|| gateway::probed(&inner));
+                let may_send = if source.is_unspecified() {
+                    inner.protocol == protocol::ICMPV6
+                } else {
+                    self.claim(number, source)
+                };
+                may_send && about.is_none_or(|address| self.claim(number, address))
             }
             _ => false,
         }
@@ -204,7 +216,10 @@ impl Switch {
         }
         let link_local = address.segments()[0] & 0xffc0 == 0xfe80;
         let inside = link_local || is_inside(address.into());
-        let made_by = |n: u8| Addresses::of(n).ipv6 == address;
+        let made_by = |n: u8| {
+            let Addresses { mac, ipv6, .. } = Addresses::of(n);
+            address == ipv6 || address == mac.address_in(GATEWAY_LINK)
+        };
         let anothers = (FIRST_GUEST..=LAST_GUEST).any(|n| n != number && made_by(n));
         let Some(port) = self.ports.get_mut(&number) else {
             return false;

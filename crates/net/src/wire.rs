@@ -40,6 +40,12 @@ pub(crate) mod protocol {
     pub(crate) const TCP: u8 = 6;
     pub(crate) const UDP: u8 = 17;
     pub(crate) const ICMPV6: u8 = 58;
+    /// Extension headers of IPv6 (RFC 8200 §4), which stand before the protocol proper.
+    pub(crate) const HOP_BY_HOP: u8 = 0;
+    pub(crate) const ROUTING: u8 = 43;
+    pub(crate) const FRAGMENT: u8 = 44;
+    pub(crate) const AUTHENTICATION: u8 = 51;
+    pub(crate) const DESTINATION: u8 = 60;
 }
 
 /// EtherTypes.
@@ -146,6 +152,34 @@ impl<'a> Packet<'a> {
             payload: bytes.get(IPV6_HEADER..total)?,
             whole: bytes.get(..total)?,
         })
+    }
+
+    /// The packet as it is behind IPv6's extension headers, and whether it is a fragment. One that
+    /// is not the first has the protocol [`protocol::FRAGMENT`] and no payload. `None` if a header
+    /// is cut off, or if nothing is behind them, which RFC 7112 forbids.
+    pub(crate) fn behind_extensions(mut self) -> Option<(Self, bool)> {
+        let mut is_fragment = false;
+        loop {
+            let unit = |size: usize, first: usize| {
+                let units = usize::from(*self.payload.get(1)?);
+                Some((units + first) * size)
+            };
+            let length = match self.protocol {
+                protocol::HOP_BY_HOP | protocol::ROUTING | protocol::DESTINATION => unit(8, 1)?,
+                protocol::AUTHENTICATION => unit(4, 2)?,
+                protocol::FRAGMENT => {
+                    is_fragment = true;
+                    if u16_at(self.payload, 2)? & 0xfff8 != 0 {
+                        self.payload = &[];
+                        return Some((self, true));
+                    }
+                    8
+                }
+                _ => return (!self.payload.is_empty()).then_some((self, is_fragment)),
+            };
+            self.protocol = *self.payload.first()?;
+            self.payload = self.payload.get(length..)?;
+        }
     }
 }
 
@@ -348,6 +382,34 @@ mod tests {
 
     fn address(text: &str) -> SocketAddr {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn the_protocol_is_found_behind_extension_headers() {
+        let packet = |start: &[u8], rest: &[u8]| {
+            let header = [
+                &[0x60, 0, 0, 0, 0, (start.len() + rest.len() - 1) as u8][..],
+                &start[..1],
+            ];
+            [&header.concat()[..], &[255], &[0; 32], &start[1..], rest].concat()
+        };
+        let behind = |bytes: &[u8]| {
+            let (packet, is_fragment) = Packet::parse(bytes)?.behind_extensions()?;
+            Some((packet.protocol, packet.payload.to_vec(), is_fragment))
+        };
+        let skipped = [60, 0, 1, 4, 0, 0, 0, 0];
+        // Hop-by-hop options, destination options of 16 bytes, ICMPv6.
+        let options = [&[0][..], &skipped, &[58, 1], &[0; 14]].concat();
+        assert_eq!(
+            behind(&packet(&options, &[134])),
+            Some((58, vec![134], false))
+        );
+        assert_eq!(behind(&packet(&options, &[])), None);
+        assert_eq!(behind(&packet(&options[..16], &[])), None);
+        let first = [44, 17, 0, 0, 1, 0, 0, 0, 7];
+        assert_eq!(behind(&packet(&first, &[9])), Some((17, vec![9], true)));
+        let second = [44, 17, 0, 0, 9, 0, 0, 0, 7];
+        assert_eq!(behind(&packet(&second, &[9])), Some((44, vec![], true)));
     }
 
     #[test]

@@ -34,6 +34,8 @@ use crate::report;
 
 /// Name of the hidden subcommand.
 pub(crate) const SUBCOMMAND: &str = "network-warden";
+/// What the names of switches' sockets end in.
+const SOCKET: &str = ".sock";
 /// How long a tap device may still be there when its machine is gone, and how often it is looked
 /// for.
 const LINGERS: Duration = Duration::from_secs(5);
@@ -103,8 +105,6 @@ fn wait_for_end(machine: &OwnedFd) {
 struct Place {
     bridge: Bridge,
     lock: PathBuf,
-    /// Where the bridge's switch lets machines in.
-    socket: PathBuf,
     joined: Joined,
     /// Ports of the host that lead to the machine: nobody else can take them.
     _ports: Vec<OwnedFd>,
@@ -114,20 +114,15 @@ impl Place {
     fn take(args: &WardenArgs, hello: &Hello) -> Result<(Self, OwnedFd), Fault> {
         check_privileges()?;
         let bridge = Bridge::new(&args.bridge);
-        let path = |end: &str| {
-            let namespace = fs::metadata("/proc/self/ns/net")
-                .map_err(Fault::host("look at this process's network namespace"))?;
-            let file = format!("bridge-{}{end}", namespace.ino());
-            Ok::<_, Fault>(directory()?.join(file))
-        };
         let lock_path = path(".lock")?;
         let lock = Lock::take(&lock_path)?;
         let (_, fresh) = bridge.set_up(args.host, args.isolated)?;
-        let socket = path(&format!("-{}.sock", args.bridge))?;
+        let socket = path(&format!("-{}{SOCKET}", args.bridge))?;
         if fresh {
             // The switch of a bridge of this name that is no more.
             let _ = fs::remove_file(&socket);
         }
+        forget_switches()?;
         let device = bridge.device();
         let mut options = vec!["--bridge", &*device];
         options.extend(args.isolated.then_some("--isolated"));
@@ -138,7 +133,6 @@ impl Place {
                 let place = Self {
                     bridge,
                     lock: lock_path,
-                    socket,
                     joined,
                     _ports: ports,
                 };
@@ -159,9 +153,7 @@ impl Place {
         }
         let _lock = Lock::take(&self.lock)?;
         self.bridge.clean_up()?;
-        if !self.bridge.is_there()? {
-            let _ = fs::remove_file(&self.socket);
-        }
+        forget_switches()?;
         // The machine's number is free only now.
         drop(self.joined);
         Ok(())
@@ -176,6 +168,31 @@ fn directory() -> Result<PathBuf, Fault> {
     } else {
         network::runtime_directory()
     }
+}
+
+/// Where something of this network namespace's bridges is.
+fn path(end: &str) -> Result<PathBuf, Fault> {
+    let namespace = fs::metadata("/proc/self/ns/net")
+        .map_err(Fault::host("look at this process's network namespace"))?;
+    Ok(directory()?.join(format!("bridge-{}{end}", namespace.ino())))
+}
+
+/// Removes the sockets where switches let machines in whose bridges are no more.
+fn forget_switches() -> Result<(), Fault> {
+    let (directory, start) = (directory()?, path("-")?);
+    let files = fs::read_dir(directory).map_err(Fault::host("look for sockets of bridges"))?;
+    for file in files.filter_map(Result::ok).map(|file| file.path()) {
+        let name = file.to_str().and_then(|file| {
+            let name = file.strip_prefix(start.to_str()?)?;
+            name.strip_suffix(SOCKET)
+        });
+        if let Some(name) = name
+            && !Bridge::new(name).is_there()?
+        {
+            let _ = fs::remove_file(file);
+        }
+    }
+    Ok(())
 }
 
 /// Joins the bridge's switch, and connects a tap device for it.

@@ -195,9 +195,9 @@ pub(super) fn index(device: &str) -> io::Result<u32> {
         .ok_or_else(|| ErrorKind::InvalidData.into())
 }
 
-/// Lets IPv4 packets through between a bridge and `uplinks`, and those of the host's loopback to
-/// the bridge, for forwards.
-pub(super) fn forward_between(device: &str, uplinks: &[String]) -> Result<(), BridgeError> {
+/// Lets IPv4 packets through between a bridge and the interfaces `others`, and those of the host's
+/// loopback to the bridge, for forwards.
+pub(super) fn forward_between(device: &str, others: &[String]) -> Result<(), BridgeError> {
     let set = |device: &str, key: &str| {
         let path = format!("/proc/sys/net/ipv4/conf/{device}/{key}");
         match fs::read_to_string(&path) {
@@ -207,9 +207,10 @@ pub(super) fn forward_between(device: &str, uplinks: &[String]) -> Result<(), Br
     };
     set(device, "route_localnet")?;
     set(device, "forwarding")?;
-    uplinks
+    others
         .iter()
-        .try_for_each(|uplink| set(uplink, "forwarding"))
+        .filter(|other| *other != "lo")
+        .try_for_each(|other| set(other, "forwarding"))
 }
 
 #[cfg(test)]

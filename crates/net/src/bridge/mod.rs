@@ -110,8 +110,12 @@ impl Bridge {
         });
         host::nft(&rules)?;
         let made = make(&device, subnet).and_then(|()| {
-            let uplinks = if isolated { &[][..] } else { &uplinks };
-            host::forward_between(&device, uplinks)
+            let others = match (isolated, host) {
+                (true, _) => Vec::new(),
+                (false, true) => host::devices()?,
+                (false, false) => uplinks,
+            };
+            host::forward_between(&device, &others)
         });
         if let Err(error) = made {
             // It may be that there is none.

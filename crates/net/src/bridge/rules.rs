@@ -108,7 +108,10 @@ pub(super) fn of_machine(tap: &str, addresses: &Addresses, forwards: &[Forward])
     let own = [*ipv6, link].map(|address| format!("{:#034x}", address.to_bits()));
     let own = own.join(", ");
     let mut text = without("bridge", tap) + &without("inet", tap);
-    // What is nobody's but the router's and the DHCP server's to say: RFC 6105, RFC 7610.
+    // What is nobody's but the router's and the DHCP server's to say: RFC 6105, RFC 7610. First
+    // what would hide the rest from the rules: VLAN tags, number 0 included, which others take as
+    // if there were none; and fragments of IPv6 whose first does not show what is in them
+    // (RFC 6980, RFC 7112).
     let _ = write!(
         text,
         r#"table bridge {tap} {{
@@ -118,15 +121,20 @@ pub(super) fn of_machine(tap: &str, addresses: &Addresses, forwards: &[Forward])
  }}
  chain own {{
   ether saddr != {mac} drop
-  arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {{ {ipv4}, 0.0.0.0 }} accept
+  ether type != {{ arp, ip, ip6 }} drop
+  arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip {ipv4} accept
+  arp htype 1 arp ptype ip arp saddr ether {mac} arp saddr ip 0.0.0.0 arp daddr ip {ipv4} accept
   ether type ip udp sport 67 drop
   ip saddr {ipv4} accept
   ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
   icmpv6 type {{ nd-router-advert, nd-redirect }} drop
-  ether type ip6 udp sport 547 drop
+  icmpv6 type 133-137 exthdr frag exists drop
   icmpv6 type nd-neighbor-advert @th,64,128 != {{ {own} }} drop
-  ip6 saddr {{ {ipv6}, {link} }} accept
-  ip6 saddr :: icmpv6 type {{ nd-neighbor-solicit, nd-router-solicit, mld2-listener-report }} accept
+  ether type ip6 udp sport 547 drop
+  ip6 saddr {{ {ipv6}, {link} }} frag frag-off > 0 accept
+  ip6 saddr {{ {ipv6}, {link} }} @th,0,8 0-255 accept
+  ip6 saddr :: icmpv6 type nd-neighbor-solicit @th,64,128 {{ {own} }} accept
+  ip6 saddr :: icmpv6 type {{ nd-router-solicit, mld2-listener-report }} accept
   drop
  }}
 }}

@@ -65,7 +65,7 @@ impl World {
             let listener = TcpListener::bind(address).unwrap();
             ready.send(()).unwrap();
             while let Ok((mut client, from)) = listener.accept() {
-                let _ = writeln!(client, "you are {}", from.ip());
+                let _ = writeln!(client, "you are {}", from.ip().to_canonical());
             }
         });
         wait.recv().unwrap();
@@ -113,7 +113,7 @@ impl Drop for World {
 }
 
 /// Waits until the guest has made its IPv6 address.
-const WAIT: &str = "for i in $(seq 50); do
+pub(crate) const WAIT: &str = "for i in $(seq 50); do
     ip -6 address show dev eth0 scope global | grep -v tentative | grep -q fd53: && break
     usleep 100000
 done";

@@ -38,22 +38,23 @@ impl Server {
             .spawn()
             .unwrap();
         let input = child.stdin.take();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut said = String::new();
-        while said != "ready\n" {
-            said.clear();
-            assert_ne!(
-                output.read_line(&mut said).unwrap(),
-                0,
-                "the guest has ended"
-            );
-        }
-        Self {
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let mut server = Self {
             child,
             input,
             output,
             _slot: slot,
-        }
+        };
+        while server.line() != "ready" {}
+        server
+    }
+
+    /// The next line that the guest says.
+    pub(crate) fn line(&mut self) -> String {
+        let mut said = String::new();
+        let length = self.output.read_line(&mut said).unwrap();
+        assert_ne!(length, 0, "the guest has ended");
+        said.trim_end().to_owned()
     }
 
     /// Ends the guest; gives what it still said.
