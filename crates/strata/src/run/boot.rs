@@ -159,7 +159,7 @@ impl Wanted<'_> {
         let scratch = match (self.lasting, self.args.scratch) {
             (Some(machine), size) => {
                 let path = machine.directory().join(SCRATCH);
-                oci::scratch_at(&path, size.unwrap_or(SCRATCH_SIZE))?;
+                oci::scratch_at(store, &path, size.unwrap_or(SCRATCH_SIZE))?;
                 Some(add(raw(path)))
             }
             (None, Some(size)) => {
