@@ -264,6 +264,7 @@ fn mounts(args: &RunArgs) -> Vec<Mount> {
         tag: share::tag(number),
         path: volume.guest.clone().into_os_string().into_vec(),
         read_only: volume.read_only,
+        file: share::file_in(volume),
     };
     let mut mounts: Vec<_> = args.volumes.iter().zip(0..).map(mount).collect();
     mounts.sort_by(|a, b| a.path.cmp(&b.path));
