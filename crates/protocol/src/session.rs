@@ -110,7 +110,7 @@ pub struct Container {
     pub stop_signal: Option<u8>,
 }
 
-/// A folder of the host's in the guest.
+/// A folder of the host's in the guest, or a single file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// By which name the virtio-fs device offers it.
@@ -119,4 +119,6 @@ pub struct Mount {
     pub path: Vec<u8>,
     /// It cannot be written to.
     pub read_only: bool,
+    /// What is to be there is not the folder, but the file of this name in it.
+    pub file: Option<String>,
 }

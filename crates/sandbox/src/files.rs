@@ -7,7 +7,7 @@ use landlock::{
     Scope,
 };
 
-use crate::Role;
+use crate::{Folder, Role};
 
 /// The newest version of Landlock that this was tested with. An older kernel's forbids less:
 /// TCP from version 4 on, signals and abstract sockets from 6 on.
@@ -15,6 +15,7 @@ const TESTED: ABI = ABI::V7;
 
 pub(crate) fn enter(role: Role<'_>) -> Result<String, String> {
     let files = match role {
+        Role::Files(Folder { file: Some(_), .. }) => "no file but the one that is served",
         Role::Files(_) => "no files but the folder's",
         Role::Machine | Role::ListeningMachine | Role::Network => "no files",
     };
@@ -47,9 +48,13 @@ fn forbid_all(role: Role<'_>) -> Result<landlock::RestrictionStatus, RulesetErro
     };
     let mut rules = rules.scope(Scope::from_all(TESTED))?.create()?;
     if let Role::Files(folder) = role {
-        // The working directory, also where the root directory is another by now.
-        if let Ok(here) = PathFd::new(".") {
-            rules = rules.add_rule(PathBeneath::new(here, served(folder.read_only)))?;
+        // In the working directory, also where the root directory is another by now.
+        if let Ok(here) = PathFd::new(folder.file.unwrap_or(".")) {
+            let mut access = served(folder.read_only);
+            if folder.file.is_some() {
+                access &= AccessFs::from_file(TESTED);
+            }
+            rules = rules.add_rule(PathBeneath::new(here, access))?;
         }
     }
     rules.restrict_self()

@@ -34,15 +34,19 @@ pub enum Role<'a> {
     ListeningMachine,
     /// It is the switch of a network: it makes sockets of the internet, and has one thread.
     Network,
-    /// It serves the files of one folder: it opens what is in there, and threads are to come.
+    /// It serves the files of one folder, or a single file: it opens what is in there, and threads
+    /// are to come.
     Files(Folder<'a>),
 }
 
-/// The folder that a process serves. It has to be its working directory, and stays so.
+/// The folder that a process serves. It has to be its working directory, and stays so. Or a single
+/// file in the working directory, which afterwards holds nothing else where there are namespaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Folder<'a> {
     /// Where it is, without symbolic links.
     pub path: &'a Path,
+    /// It is a single file, and known by its name in the working directory.
+    pub file: Option<&'a str>,
     /// Whether nothing in it is to be changed.
     pub read_only: bool,
     /// An open `/proc/self/fd`, which is to lead nowhere else in `/proc`.

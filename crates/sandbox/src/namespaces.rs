@@ -24,6 +24,8 @@ use crate::{Folder, Role};
 const ROOT: &str = "/proc";
 /// One inode, the root's, which nobody may search.
 const ROOT_OPTIONS: &std::ffi::CStr = c"mode=0,size=4k,nr_inodes=1";
+/// Two inodes: the root's, and that of what a single file is mounted on.
+const FILE_ROOT_OPTIONS: &std::ffi::CStr = c"mode=0555,size=4k,nr_inodes=2";
 
 pub(crate) fn enter(role: Role<'_>) -> Result<String, String> {
     // Known after unshare only as "nobody".
@@ -63,7 +65,8 @@ pub(crate) fn enter(role: Role<'_>) -> Result<String, String> {
     if let Role::Files(folder) = role {
         only_folder(folder)
             .map_err(|error| format!("the folder cannot be made the root directory: {error}"))?;
-        return Ok(format!("{list}; the root directory is the folder"));
+        let is = folder.file.map_or("is the folder", |_| "holds one file");
+        return Ok(format!("{list}; the root directory {is}"));
     }
     empty_root().map_err(|error| format!("the root directory cannot be emptied: {error}"))?;
     Ok(format!("{list}; the root directory is empty"))
@@ -134,7 +137,8 @@ fn enter_root() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a folder the root directory, with what is mounted in it.
+/// Makes a folder the root directory, with what is mounted in it; or a directory that holds a
+/// single file.
 fn only_folder(folder: Folder<'_>) -> io::Result<()> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private)?;
@@ -142,7 +146,8 @@ fn only_folder(folder: Folder<'_>) -> io::Result<()> {
     let whole = clone | OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
     let tree = rustix::mount::open_tree(CWD, folder.path, whole)?;
     // The path was looked up once before: it must not have become another folder since.
-    let here = rustix::fs::open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let here = rustix::fs::open(folder.file.unwrap_or("."), flags, Mode::empty())?;
     if identity(&here)? != identity(&tree)? {
         return Err(io::Error::other("it has been moved meanwhile"));
     }
@@ -156,14 +161,31 @@ fn only_folder(folder: Folder<'_>) -> io::Result<()> {
         }
     }
     let from_there = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(&tree, "", CWD, ROOT, from_there)?;
-    fchdir(&tree)?;
+    if let Some(name) = folder.file {
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        rustix::mount::mount("none", ROOT, "tmpfs", flags, FILE_ROOT_OPTIONS)?;
+        chdir(ROOT)?;
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        drop(rustix::fs::open(name, flags, Mode::empty())?);
+        rustix::mount::move_mount(&tree, "", CWD, name, from_there)?;
+        harden_root()?;
+    } else {
+        rustix::mount::move_mount(&tree, "", CWD, ROOT, from_there)?;
+        fchdir(&tree)?;
+    }
     enter_root()
 }
 
-/// Which directory an open one is.
-fn identity(directory: impl AsFd) -> io::Result<(u64, u64)> {
-    let status = rustix::fs::fstat(directory)?;
+/// Makes the file system at the working directory read only.
+fn harden_root() -> io::Result<()> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
+    rustix::mount::mount_remount(".", flags, c"")?;
+    Ok(())
+}
+
+/// Which file or directory an open one is.
+fn identity(open: impl AsFd) -> io::Result<(u64, u64)> {
+    let status = rustix::fs::fstat(open)?;
     Ok((status.st_dev, status.st_ino))
 }
 

@@ -56,10 +56,28 @@ impl Ground {
         let number = descriptors.as_raw_fd();
         let role = Role::Files(Folder {
             path: &path,
+            file: None,
             read_only,
             descriptors: Some(number),
         });
         told_as(role, layers, || attempt(number))
+    }
+
+    /// How an attempt of a server of the single file `file` ended.
+    fn try_file(
+        &self,
+        layer: Layer,
+        read_only: bool,
+        attempt: impl FnOnce() -> i32,
+    ) -> Option<(End, String)> {
+        std::env::set_current_dir(self.folder()).unwrap();
+        let role = Role::Files(Folder {
+            path: &self.folder().join("file"),
+            file: Some("file"),
+            read_only,
+            descriptors: None,
+        });
+        told_as(role, &[layer], attempt)
     }
 
     #[track_caller]
@@ -134,7 +152,39 @@ fn a_server_reaches_its_folder_and_nothing_else() {
         });
     }
     assert!(Path::new("file").exists());
+    reaches_a_single_file_alone(&ground);
     ends_at_forbidden_calls(&ground);
+}
+
+/// A server of a single file does not reach what is beside it, nor puts anything there.
+fn reaches_a_single_file_alone(ground: &Ground) {
+    fs::write(ground.folder().join("beside"), "secret").unwrap();
+    for layer in Layer::ALL {
+        for (read_only, flags) in [(true, libc::O_RDONLY), (false, libc::O_RDWR)] {
+            if let Some((end, text)) = ground.try_file(layer, read_only, || open(c"file", flags)) {
+                assert_eq!(end, End::Errno(0), "{layer}: {text}");
+            }
+        }
+    }
+    for layer in WALLS {
+        let attempts: [(bool, &CStr, i32); 5] = [
+            (true, c"file", libc::O_WRONLY),
+            (false, c"beside", libc::O_RDONLY),
+            (false, c"new", NEW),
+            (false, c".", libc::O_RDONLY | libc::O_DIRECTORY),
+            (false, c"/etc/passwd", libc::O_RDONLY),
+        ];
+        for (read_only, path, flags) in attempts {
+            // The root directory, which can be read, holds the file alone.
+            if layer == Layer::Namespaces && path == c"." {
+                continue;
+            }
+            if let Some((end, text)) = ground.try_file(layer, read_only, || open(path, flags)) {
+                assert_ne!(end, End::Errno(0), "{layer}: {path:?}: {text}");
+            }
+        }
+    }
+    assert!(!ground.folder().join("new").exists());
 }
 
 /// What seccomp keeps from a server: programs, sockets, and files that mean something to others.

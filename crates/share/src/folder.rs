@@ -25,7 +25,7 @@ use libc::{stat64, statvfs64};
 use crate::Owners;
 
 /// How long a guest may believe what it was told of a file or name; then changes by others show.
-const BELIEF: Duration = Duration::from_secs(1);
+pub(crate) const BELIEF: Duration = Duration::from_secs(1);
 /// Bytes of the longest name (`NAME_MAX`).
 const NAME_MAX: usize = 255;
 /// What a guest may set of a mode: not the set-user-ID and set-group-ID bits.
@@ -44,7 +44,7 @@ pub(crate) struct Folder {
     owners: Owners,
 }
 
-fn error(number: i32) -> io::Error {
+pub(crate) fn error(number: i32) -> io::Error {
     io::Error::from_raw_os_error(number)
 }
 
@@ -59,10 +59,10 @@ fn check(name: &CStr) -> io::Result<()> {
 }
 
 impl Folder {
-    /// The working directory of this process, as it will be when the guest first asks.
-    pub(crate) fn new(read_only: bool, owners: Owners) -> io::Result<Self> {
+    /// What is at `path`, such as the working directory, as it will be when the guest first asks.
+    pub(crate) fn new(path: &str, read_only: bool, owners: Owners) -> io::Result<Self> {
         let config = Config {
-            root_dir: ".".into(),
+            root_dir: path.into(),
             cache_policy: CachePolicy::Auto,
             entry_timeout: BELIEF,
             attr_timeout: BELIEF,

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   guest ─ virtqueue ─► machine's process ─ socket ─► Server ─► Folder ─► PassthroughFs ─► host
-//!                            (vmm)           frames     │          │        (fuse-backend-rs)
+//!                            (vmm)           frames     │     (or Single-  (fuse-backend-rs)
+//!                                                       │        File)
 //!                                                one thread     what a guest may,
 //!                                                each socket    and whose files are
 //! ```
@@ -15,11 +16,13 @@
 
 #![forbid(unsafe_code)]
 
+mod file;
 mod folder;
 mod owners;
 mod server;
 mod wire;
 
+pub use file::NAME;
 pub use owners::Owners;
 pub use server::Server;
 pub use wire::{MAX_MESSAGE, Share, hand_over, is_ready, pair, say_ready, take_over};

@@ -8,12 +8,19 @@ use fuse_backend_rs::api::server::Server as Fuse;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
 
 use crate::Owners;
+use crate::file::SingleFile;
 use crate::folder::Folder;
 use crate::wire::{Frame, MAX_MESSAGE, error_reply};
 
-/// Serves a folder until nobody is at the other ends of its sockets.
+/// What is served.
+enum Served {
+    Folder(Fuse<Folder>),
+    File(Fuse<SingleFile>),
+}
+
+/// Serves a folder, or a single file, until nobody is at the other ends of its sockets.
 pub struct Server {
-    fuse: Fuse<Folder>,
+    served: Served,
     descriptors: Option<RawFd>,
 }
 
@@ -27,10 +34,21 @@ impl Server {
     /// A server of the process's working directory, as that is when a guest first asks: the
     /// process may lock itself up in between. Fails where there is no `/proc`.
     pub fn new(read_only: bool, owners: Owners) -> io::Result<Self> {
-        let folder = Folder::new(read_only, owners)?;
+        let folder = Folder::new(".", read_only, owners)?;
         let descriptors = folder.descriptors();
         Ok(Self {
-            fuse: Fuse::new(folder),
+            served: Served::Folder(Fuse::new(folder)),
+            descriptors,
+        })
+    }
+
+    /// A server of the file `name` in the process's working directory, as both are when a guest
+    /// first asks. The guest sees a directory that holds [`NAME`](crate::NAME) alone, for ever.
+    pub fn of_file(name: &str, read_only: bool, owners: Owners) -> io::Result<Self> {
+        let file = SingleFile::new(name, read_only, owners)?;
+        let descriptors = file.descriptors();
+        Ok(Self {
+            served: Served::File(Fuse::new(file)),
             descriptors,
         })
     }
@@ -75,10 +93,12 @@ impl Server {
         let Ok(writer) = FuseDevWriter::<()>::new(socket.as_raw_fd(), room) else {
             return Ok(reply(&failed)?);
         };
-        match self
-            .fuse
-            .handle_message(reader, Writer::FuseDev(writer), None, None)
-        {
+        let writer = Writer::FuseDev(writer);
+        let handled = match &self.served {
+            Served::Folder(fuse) => fuse.handle_message(reader, writer, None, None),
+            Served::File(fuse) => fuse.handle_message(reader, writer, None, None),
+        };
+        match handled {
             // A reply has been sent.
             Ok(1..) => Ok(()),
             Ok(0) => Ok(reply(&done)?),

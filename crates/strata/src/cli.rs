@@ -144,8 +144,8 @@ pub(crate) struct RunArgs {
           value_parser = OsStringValueParser::new().try_map(|text| units::disk(&text)))]
     pub(crate) disks: Vec<Disk>,
 
-    /// A folder of this host that the guest has at an absolute path of its own; with :ro it is not
-    /// changed. Repeat for more
+    /// A folder or a file of this host that the guest has at an absolute path of its own; with :ro it
+    /// is not changed. Repeat for more
     #[arg(short = 'v', long = "volume", value_name = "HOST:GUEST[:ro]",
           value_parser = OsStringValueParser::new().try_map(|text| units::volume(&text)))]
     pub(crate) volumes: Vec<Volume>,
@@ -344,7 +344,7 @@ pub(crate) struct SwitchArgs {
 /// Arguments of the process that serves a folder.
 #[derive(Debug, Args)]
 pub(crate) struct ShareArgs {
-    /// The folder, without symbolic links
+    /// The folder or file, without symbolic links
     pub(crate) folder: PathBuf,
 
     /// Change nothing in it

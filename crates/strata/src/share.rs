@@ -1,4 +1,4 @@
-//! Folders of this host that a machine shares: for each, a process that serves it, locked up so
+//! Folders and single files of this host that a machine shares: for each, a process that serves it, locked up so
 //! that it reaches nothing else.
 //!
 //! ```text
@@ -40,8 +40,11 @@ pub(crate) enum Fault {
         source: io::Error,
     },
     /// It is something else.
-    #[error("cannot share '{}': it is not a folder", .0.display())]
+    #[error("cannot share '{}': it is neither a folder nor a file", .0.display())]
     NoFolder(PathBuf),
+    /// It is a file with a name that cannot be handed on.
+    #[error("cannot share '{}': its name is not UTF-8", .0.display())]
+    Name(PathBuf),
     /// The host does not give what a server needs.
     #[error("cannot start the server of '{}'", path.display())]
     Start {
@@ -60,9 +63,9 @@ impl Fault {
     pub(crate) fn advice(&self) -> Option<&'static str> {
         match self {
             Self::Path { source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                Some("make the folder first; -v HOST:GUEST makes none on this host")
+                Some("make the folder or file first; -v HOST:GUEST makes none on this host")
             }
-            Self::NoFolder(_) => Some("share the folder that it is in"),
+            Self::NoFolder(_) | Self::Name(_) => Some("share the folder that it is in"),
             _ => None,
         }
     }
@@ -71,6 +74,12 @@ impl Fault {
 /// The tag of the machine's share of this number, counted from 0.
 pub(crate) fn tag(number: usize) -> String {
     format!("share{number}")
+}
+
+/// What a share of a single file calls that; `None` where it is of a folder.
+pub(crate) fn file_in(volume: &Volume) -> Option<String> {
+    let is_file = volume.host.is_file();
+    is_file.then(|| strata_share::NAME.to_owned())
 }
 
 /// Starts the servers of all the folders that the machine shares.
@@ -91,7 +100,8 @@ fn start(args: &RunArgs, volume: &Volume) -> Result<Vec<OwnedFd>, Fault> {
         source,
     };
     let path = volume.host.canonicalize().map_err(failed)?;
-    if !path.metadata().map_err(failed)?.is_dir() {
+    let kind = path.metadata().map_err(failed)?.file_type();
+    if !kind.is_dir() && !kind.is_file() {
         return Err(Fault::NoFolder(volume.host.clone()));
     }
     let not_started = |source| Fault::Start {
@@ -137,10 +147,16 @@ pub(crate) fn server(args: &ShareArgs) -> End {
 fn serve(args: &ShareArgs) -> Result<(), Box<dyn std::error::Error>> {
     let control = io::stdin().as_fd().try_clone_to_owned()?;
     let sockets = strata_share::take_over(&control)?;
-    enter(&args.folder)?;
-    let server = Server::new(args.read_only, Owners::of_this_process())?;
+    let path = &args.folder;
+    let owners = Owners::of_this_process();
+    let file = enter(path)?;
+    let server = match file {
+        Some(name) => Server::of_file(name, args.read_only, owners)?,
+        None => Server::new(args.read_only, owners)?,
+    };
     let role = Role::Files(Folder {
-        path: &args.folder,
+        path,
+        file,
         read_only: args.read_only,
         descriptors: server.descriptors(),
     });
@@ -150,10 +166,21 @@ fn serve(args: &ShareArgs) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Makes the folder the working directory, which is what is served.
-fn enter(folder: &Path) -> Result<(), Fault> {
-    std::env::set_current_dir(folder).map_err(|source| Fault::Path {
-        path: folder.to_path_buf(),
+/// Makes the folder the working directory, which is what is served; or the one that a single file
+/// is in, and gives the file's name.
+fn enter(path: &Path) -> Result<Option<&str>, Fault> {
+    let failed = |source| Fault::Path {
+        path: path.to_path_buf(),
         source,
-    })
+    };
+    let is_file = path.symlink_metadata().map_err(failed)?.is_file();
+    let (folder, name) = match (path.parent(), path.file_name()) {
+        (Some(folder), Some(name)) if is_file => {
+            let name = name.to_str();
+            (folder, Some(name.ok_or_else(|| Fault::Name(path.into()))?))
+        }
+        _ => (path, None),
+    };
+    std::env::set_current_dir(folder).map_err(failed)?;
+    Ok(name)
 }

@@ -71,10 +71,8 @@ fn a_missing_kernel_is_named_and_ends_with_125() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_shared_is_explained() {
+fn what_cannot_be_shared_is_explained() {
     let directory = tempfile::tempdir().unwrap();
-    let file = directory.path().join("file");
-    File::create(&file).unwrap();
     let share = |host: &Path| {
         let output = strata(&["run", "-v", &format!("{}:/srv", host.display())]);
         assert_eq!(output.status.code(), Some(125));
@@ -82,9 +80,15 @@ fn a_folder_that_cannot_be_shared_is_explained() {
     };
     let message = share(&directory.path().join("missing"));
     assert!(message.contains("missing'"), "{message}");
-    assert!(message.contains("make the folder first"), "{message}");
-    let message = share(&file);
-    assert!(message.contains("file': it is not a folder"), "{message}");
+    assert!(
+        message.contains("make the folder or file first"),
+        "{message}"
+    );
+    let message = share(Path::new("/dev/null"));
+    assert!(
+        message.contains("null': it is neither a folder nor a file"),
+        "{message}"
+    );
     assert!(message.contains("share the folder"), "{message}");
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use strata_protocol::Mount;
 
@@ -81,12 +81,16 @@ pub(super) fn open_console() -> io::Result<()> {
     Ok(())
 }
 
+/// Where a folder is for a moment, of which a single file is mounted elsewhere.
+const ASIDE: &str = "/run/strata-file";
+
 /// Mounts the host's folders at their places, which are made; in the root that this process has.
 pub(super) fn folders(of: &[Mount]) -> Result<(), Fault> {
     for Mount {
         tag,
         path,
         read_only,
+        file,
     } in of
     {
         let path = Path::new(crate::place::word(path));
@@ -95,17 +99,38 @@ pub(super) fn folders(of: &[Mount]) -> Result<(), Fault> {
         } else {
             MountFlags::empty()
         };
-        fs::create_dir_all(path)
-            .and_then(|()| {
-                mount(tag.as_str(), path, "virtiofs", flags, None)?;
-                Ok(())
-            })
-            .map_err(Fault::of(format!(
-                "mount a folder of the host at {}",
-                path.display()
-            )))?;
+        let (mounted, what) = match file {
+            Some(name) => (single_file(tag, name, path, flags), "file"),
+            None => (folder(tag, path, flags), "folder"),
+        };
+        mounted.map_err(Fault::of(format!(
+            "mount a {what} of the host at {}",
+            path.display()
+        )))?;
     }
     Ok(())
+}
+
+fn folder(tag: &str, path: &Path, flags: MountFlags) -> io::Result<()> {
+    fs::create_dir_all(path)?;
+    mount(tag, path, "virtiofs", flags, None)?;
+    Ok(())
+}
+
+/// Mounts the file `name` of a folder over the one at `path`, which is made if it is missing.
+fn single_file(tag: &str, name: &str, path: &Path, flags: MountFlags) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    if !path.exists() {
+        OpenOptions::new().append(true).create(true).open(path)?;
+    }
+    folder(tag, Path::new(ASIDE), flags)?;
+    let bound = mount_bind(Path::new(ASIDE).join(name), path);
+    // The file stays mounted without its folder.
+    unmount(ASIDE, UnmountFlags::DETACH)?;
+    fs::remove_dir(ASIDE)?;
+    Ok(bound?)
 }
 
 /// Writes a whole file, such as one of the kernel's settings.

@@ -156,9 +156,10 @@ impl Error {
             Self::NoSuchImage(_) => {
                 Some("'strata image ls' lists what is here, 'strata image pull' fetches more")
             }
-            Self::Scratch { .. } => {
-                Some("install e2fsprogs, or leave out --scratch to write to memory")
-            }
+            Self::Scratch { .. } => Some(
+                "install e2fsprogs, with which the first scratch disk of a size is made; or leave \
+                 out --scratch and -d to write to memory",
+            ),
             Self::NoDataDirectory => Some("set XDG_DATA_HOME to a directory for images"),
             Self::Layer { source, .. } => source.advice(),
             _ => None,

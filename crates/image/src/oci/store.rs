@@ -6,6 +6,7 @@
 //! layers/<diffID>    layers, as EROFS file systems
 //! tars/<diffID>      for each layer what its tar has beside contents, packed with gzip
 //! names/<digest>     one for each name, called by the name's digest: which manifest it means
+//! scratch/<recipe>   templates of the disks for what machines write
 //! partial/           what is being pulled, and a lock for each layer
 //! ```
 //!
@@ -14,8 +15,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -26,9 +28,10 @@ use strata_erofs::Replay;
 
 use crate::oci::digest::Digest;
 use crate::oci::error::Error;
+use crate::oci::scratch;
 use crate::oci::source::{self, Name};
 
-const DIRECTORIES: [&str; 5] = ["blobs", "layers", "tars", "names", "partial"];
+const DIRECTORIES: [&str; 6] = ["blobs", "layers", "tars", "names", "scratch", "partial"];
 
 /// Fewest digits that are taken for the beginning of an ID.
 const MIN_ID_DIGITS: usize = 4;
@@ -78,7 +81,7 @@ pub struct Layer {
 pub struct Collected {
     /// Files.
     pub files: u64,
-    /// Their sizes, bytes.
+    /// What they took on the disk, bytes.
     pub bytes: u64,
 }
 
@@ -178,7 +181,8 @@ impl Store {
     }
 
     /// Removes all that no image needs, none of those with the manifests `pinned`, and no machine
-    /// uses. Waits for pulls to end.
+    /// uses; and the templates of scratch disks that only other versions of Strata would use.
+    /// Waits for pulls to end.
     pub fn collect(&self, pinned: &[(String, String)]) -> Result<Collected, Error> {
         let lock = self.lock_file()?;
         let path = self.root.join("lock");
@@ -192,17 +196,21 @@ impl Store {
             blobs.extend([image.id.hex(), image.manifest.hex()]);
             layers.extend(image.layers.iter().map(|layer| layer.diff_id.hex()));
         }
+        let templates = self.files("scratch")?.into_iter();
+        let templates = templates.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
+        let templates = templates.filter(|name| scratch::is_wanted(name)).collect();
         let mut collected = Collected::default();
         for (directory, needed) in [
             ("blobs", &blobs),
             ("layers", &layers),
             ("tars", &layers),
+            ("scratch", &templates),
             ("partial", &BTreeSet::new()),
         ] {
             for path in self.files(directory)? {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 if !needed.contains(&*name) && !is_used(&path) {
-                    collected.bytes += fs::metadata(&path).map_or(0, |metadata| metadata.len());
+                    collected.bytes += fs::metadata(&path).map_or(0, |metadata| taken(&metadata));
                     fs::remove_file(&path).map_err(Error::io("remove the file", &path))?;
                     collected.files += 1;
                 }
@@ -302,15 +310,23 @@ impl Store {
 
     /// The directory for what has no name yet.
     pub(crate) fn partial(&self) -> Result<PathBuf, Error> {
-        let path = self.root.join("partial");
+        self.directory("partial")
+    }
+
+    /// The directory for templates of scratch disks.
+    pub(crate) fn templates(&self) -> Result<PathBuf, Error> {
+        self.directory("scratch")
+    }
+
+    fn directory(&self, name: &str) -> Result<PathBuf, Error> {
+        let path = self.root.join(name);
         fs::create_dir_all(&path).map_err(Error::io("create the directory", &path))?;
         Ok(path)
     }
 
     fn lock_file(&self) -> Result<File, Error> {
-        for directory in DIRECTORIES {
-            let path = self.root.join(directory);
-            fs::create_dir_all(&path).map_err(Error::io("create the directory", &path))?;
+        for name in DIRECTORIES {
+            self.directory(name)?;
         }
         let path = self.root.join("lock");
         File::create(&path).map_err(Error::io("create the file", &path))
@@ -385,6 +401,11 @@ impl Store {
     }
 }
 
+/// What a file takes on the disk, bytes, which is little for one that is mostly holes.
+fn taken(metadata: &Metadata) -> u64 {
+    metadata.len().min(metadata.blocks().saturating_mul(512))
+}
+
 /// Whether a machine has the file as a disk: it locks what it uses.
 fn is_used(path: &Path) -> bool {
     File::open(path).is_ok_and(|file| file.try_lock().is_err())
@@ -407,7 +428,7 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 }
 
 /// Makes the name of a file as lasting as its contents.
-fn sync_directory(file: &Path) -> Result<(), Error> {
+pub(crate) fn sync_directory(file: &Path) -> Result<(), Error> {
     let directory = file.parent().unwrap_or(Path::new("."));
     File::open(directory)
         .and_then(|directory| directory.sync_all())

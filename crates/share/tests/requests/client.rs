@@ -1,7 +1,7 @@
 //! A client that says what it likes. The numbers are those of linux/fuse.h.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -87,16 +87,31 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) fn new(read_only: bool) -> Self {
+        Self::of(&[], move || {
+            Server::new(read_only, Owners::of_this_process())
+        })
+    }
+
+    /// One whose server has the file `a` of the folder alone, which has a `b`, too.
+    pub(crate) fn of_file(read_only: bool) -> Self {
+        Self::of(&["a", "b"], move || {
+            Server::of_file("a", read_only, Owners::of_this_process())
+        })
+    }
+
+    fn of(files: &[&str], server: impl FnOnce() -> io::Result<Server> + Send + 'static) -> Self {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("folder")).unwrap();
         let secret = directory.path().join("secret");
         fs::write(&secret, "without").unwrap();
         let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
         fs::set_permissions(&secret, private).unwrap();
+        for name in files {
+            fs::write(directory.path().join("folder").join(name), "before").unwrap();
+        }
         let (theirs, ours) = strata_share::pair().unwrap();
         let server = thread::spawn(move || {
-            let server = Server::new(read_only, Owners::of_this_process()).unwrap();
-            server.serve(vec![theirs]).unwrap();
+            server().unwrap().serve(vec![theirs]).unwrap();
         });
         let mut client = Self {
             directory,

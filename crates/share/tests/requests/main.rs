@@ -2,6 +2,7 @@
 //! so that what keeps them in the folder here is the server alone.
 
 mod client;
+mod single;
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};

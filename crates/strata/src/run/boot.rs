@@ -198,7 +198,7 @@ impl Wanted<'_> {
         let scratch = match (self.lasting, self.args.scratch) {
             (Some(machine), size) => {
                 let path = machine.directory().join(SCRATCH);
-                oci::scratch_at(&path, size.unwrap_or(SCRATCH_SIZE))?;
+                oci::scratch_at(store, &path, size.unwrap_or(SCRATCH_SIZE))?;
                 Some(add(raw(path)))
             }
             (None, Some(size)) => {
@@ -305,6 +305,7 @@ fn mounts(args: &RunArgs) -> Vec<Mount> {
         tag: share::tag(number),
         path: volume.guest.clone().into_os_string().into_vec(),
         read_only: volume.read_only,
+        file: share::file_in(volume),
     };
     let mut mounts: Vec<_> = args.volumes.iter().zip(0..).map(mount).collect();
     mounts.sort_by(|a, b| a.path.cmp(&b.path));

@@ -337,6 +337,12 @@ fn a_shared_folder_is_in_the_image_before_its_command_or_init_starts() {
     assert!(text.starts_with("1234:55 in /\n"), "{text}");
     assert!(text.ends_with("x\n"), "{text}");
 
+    let file = directory.path().join("tell");
+    let file = format!("{}:/var/in/it/tell:ro", file.display());
+    let ended = store.run_with(&["-v", &file], &[], b"y\n");
+    let text = ended.expect(0).text();
+    assert!(text.ends_with("y\n"), "{text}");
+
     let options = ["--init", "image", "-v", &volume("/own")];
     let ended = store.run_with(&options, &[], b"").expect(0);
     let expected = "process 1, file there, appliance gone";

@@ -150,6 +150,58 @@ fn several_folders_are_where_they_were_asked_for_also_within_each_other() {
     assert!(outer.path("in's").is_dir());
 }
 
+#[test]
+fn a_single_file_is_shared_without_what_is_beside_it() {
+    let folder = Folder::new();
+    folder.write("app.conf", "from the host\n");
+    folder.write("beside", "the host's\n");
+    symlink("app.conf", folder.path("link")).unwrap();
+    let file = |host: &str, guest: &str| format!("{}:{guest}", folder.path(host).display());
+    let options = [
+        "-v".to_owned(),
+        file("app.conf", "/made/for it/app.conf"),
+        // A link is followed once, and a file may be where one is already.
+        "-v".to_owned(),
+        file("link", "/etc/passwd:ro"),
+    ];
+    let line = "cat '/made/for it/app.conf' /etc/passwd; ls -A '/made/for it' /run
+        cd '/made/for it'; echo more >>app.conf
+        { echo x >/etc/passwd; mount -o remount,rw /etc/passwd; echo x >/etc/passwd
+          mv app.conf other; rm app.conf; } 2>/dev/null
+        mkdir /aside; mount -t virtiofs share0 /aside; cd /aside; ls -A; cat file
+        { echo x >new; rm file; mv file other; ln file other; ln -s x link; cat beside app.conf
+          cat ../beside; } 2>/dev/null; ls -A";
+
+    let ended = guest_with(&options, &["sh", "-c", line], b"");
+
+    let text = ended.text();
+    let expected = [
+        "from the host\nfrom the host\n/made/for it:\napp.conf\n\n/run:\nstrata\n",
+        "file\nfrom the host\nmore\nfile\n",
+    ];
+    assert_eq!(text, expected.concat(), "{}", ended.stderr);
+    assert_eq!(folder.read("app.conf"), "from the host\nmore\n");
+    assert_eq!(folder.read("beside"), "the host's\n");
+    assert_eq!(fs::read_dir(folder.path("")).unwrap().count(), 3);
+}
+
+#[test]
+fn a_single_file_that_the_host_replaces_stays_what_it_was() {
+    let folder = Folder::new();
+    folder.write("hello", "hello\n");
+    let mut running = Running::start(&folder, "hello", "/srv/hello", "sleep 2; cat /srv/hello");
+
+    folder.write("new", "another\n");
+    fs::rename(folder.path("new"), folder.path("hello")).unwrap();
+    let mut input = running.strata.stdin.take().unwrap();
+    input.write_all(b"\n").unwrap();
+
+    let mut text = String::new();
+    running.output.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "hello\n");
+    assert_eq!(running.strata.wait().unwrap().code(), Some(0));
+}
+
 /// A guest that says it is ready, then waits for a line before it goes on.
 struct Running {
     strata: Child,
@@ -159,9 +211,10 @@ struct Running {
 }
 
 impl Running {
-    fn start(folder: &Folder, then: &str) -> Self {
+    /// It has `name` of the folder at `guest`.
+    fn start(folder: &Folder, name: &str, guest: &str, then: &str) -> Self {
         let slot = Slot::take();
-        let volume = folder.at("/srv");
+        let volume = format!("{}:{guest}", folder.path(name).display());
         let script = format!("cat /srv/hello; read -r go; {then}");
         let mut strata = run(&["-v", &volume, "--", "sh", "-c", &script])
             .stdin(Stdio::piped())
@@ -219,6 +272,8 @@ fn a_server_is_locked_up_and_when_it_dies_the_guest_gets_errors_and_goes_on() {
     folder.write("hello", "hello\n");
     let mut running = Running::start(
         &folder,
+        "",
+        "/srv",
         "cat /srv/hello; ls /srv; echo x >/srv/new; echo still here",
     );
     let server = running.server;
@@ -260,7 +315,7 @@ fn a_server_is_locked_up_and_when_it_dies_the_guest_gets_errors_and_goes_on() {
 fn a_machine_that_is_killed_leaves_no_server() {
     let folder = Folder::new();
     folder.write("hello", "hello\n");
-    let mut running = Running::start(&folder, "true");
+    let mut running = Running::start(&folder, "", "/srv", "true");
     assert!(lives(running.server));
 
     running.strata.kill().unwrap();
