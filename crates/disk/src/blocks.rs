@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use flate2::read::ZlibDecoder;
 
 use crate::error::{Error, Result, damaged};
-use crate::{Buffers, Disk, Extent, ExtentKind, HostFile};
+use crate::{Buffers, Extent, ExtentKind, HostFile, ReadOnlyDisk};
 
 /// Blocks of an image, at most: 16 TiB of the smallest ones that are usual.
 pub(crate) const MAX_BLOCKS: u64 = 1 << 28;
@@ -77,7 +77,7 @@ impl BlockImage {
     }
 }
 
-impl Disk for BlockImage {
+impl ReadOnlyDisk for BlockImage {
     fn size(&self) -> u64 {
         self.size
     }
@@ -100,22 +100,6 @@ impl Disk for BlockImage {
             }
             offset += length;
         }
-        Ok(())
-    }
-
-    fn write(&self, _: u64, _: Buffers) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn discard(&self, _: u64, _: u64) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn flush(&self) -> Result<()> {
         Ok(())
     }
 

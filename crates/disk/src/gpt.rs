@@ -13,7 +13,7 @@ use std::sync::Arc;
 use crc::{CRC_32_ISO_HDLC, Crc};
 
 use crate::error::{Error, Result};
-use crate::{Buffers, Disk, Extent, ExtentKind, SECTOR_SIZE};
+use crate::{Buffers, Disk, Extent, ExtentKind, ReadOnlyDisk, SECTOR_SIZE};
 
 const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISO_HDLC);
 /// Partitions begin at multiples of it.
@@ -178,7 +178,7 @@ fn header(here: u64, other: u64, usable: (u64, u64), table: u64, entries: &[u8])
     sector
 }
 
-impl Disk for Partitions {
+impl ReadOnlyDisk for Partitions {
     fn size(&self) -> u64 {
         self.size
     }
@@ -207,22 +207,6 @@ impl Disk for Partitions {
             };
             offset += length;
         }
-        Ok(())
-    }
-
-    fn write(&self, _: u64, _: Buffers) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn discard(&self, _: u64, _: u64) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn flush(&self) -> Result<()> {
         Ok(())
     }
 
@@ -265,13 +249,13 @@ mod tests {
         Arc::new(Raw::open(file, false).unwrap())
     }
 
-    fn of(sizes: &[u64]) -> Partitions {
+    fn of(sizes: &[u64]) -> impl Disk + use<> {
         let disks = sizes.iter().zip(1_u8..);
         let disks = disks.map(|(sectors, byte)| (format!("layer-{byte}"), disk(*sectors, byte)));
         Partitions::new(disks.collect()).unwrap()
     }
 
-    fn read(disk: &Partitions, offset: u64, length: u64) -> Vec<u8> {
+    fn read(disk: &dyn Disk, offset: u64, length: u64) -> Vec<u8> {
         let mut bytes = vec![0x55; length as usize];
         disk.read(offset, Buffers::from(&mut bytes[..])).unwrap();
         bytes
@@ -327,6 +311,10 @@ mod tests {
         let disk = of(&[8]);
         let write = disk.write(1 << 20, Buffers::from(&mut [0; 512][..]));
         assert!(matches!(write, Err(Error::ReadOnly)));
+        assert!(matches!(
+            disk.write_zeroes(0, 512, true),
+            Err(Error::ReadOnly)
+        ));
         assert!(matches!(disk.discard(0, 512), Err(Error::ReadOnly)));
     }
 

@@ -4,8 +4,9 @@
 //!   virtio-blk, `strata disk` ──► Disk ──┬── Raw ────────────────────────────► HostFile
 //!                                        ├── Qcow2 ── tables, refcounts ─────► HostFile
 //!                                        │     └───── backing image ─────────► Disk
-//!                                        ├── VHD, VHDX, VMDK: only read ─────► HostFile
-//!                                        └── Partitions: only read, of several ► Disk
+//!                                        └── ReadOnlyDisk
+//!                                              ├── VHD, VHDX, VMDK ──────────► HostFile
+//!                                              └── Partitions, of several ───► Disk
 //! ```
 //!
 //! A [`Disk`] is a row of bytes that several threads read and write at once. What a flush said is
@@ -25,6 +26,7 @@ mod overlay;
 mod pieces;
 pub mod qcow2;
 mod raw;
+mod read_only;
 mod resume;
 mod vhd;
 mod vhdx;
@@ -41,6 +43,7 @@ pub use host::HostFile;
 pub use open::{Format, Key, OpenError, Opened, export, open, open_file, open_with};
 pub use qcow2::Qcow2;
 pub use raw::Raw;
+pub use read_only::ReadOnlyDisk;
 pub use resume::{Journal, copy_on, first_difference, journal_path};
 
 /// Bytes in a sector, in which guests count.

@@ -13,8 +13,9 @@ use crate::copy::Copied;
 use crate::error::{Error, Result};
 use crate::{Disk, ExtentKind};
 
-/// Bytes of a piece, at least. Those that are read stay in a CPU's cache until they are written.
-const PIECE: u64 = 512 << 10;
+/// Bytes of a piece, at least: a large page of x86, written whole at a multiple of its size, so that the
+/// host's page cache can take one such page for it and not many small ones.
+const PIECE: u64 = 2 << 20;
 /// How far ahead it is asked at once what there is.
 const AHEAD: u64 = 1 << 30;
 /// The most threads.

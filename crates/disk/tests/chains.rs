@@ -1,15 +1,17 @@
 //! Images that are based on others: opened by their paths, folded back, resized and copied; against
 //! `qemu-img` where it has a word to say.
 
+mod common;
+
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use common::{check, new_file, read_all, write};
 use strata_disk::qcow2::{self, Options, Qcow2};
 use strata_disk::{
-    Buffers, Disk, Error, Extent, ExtentKind, Format, HostFile, Journal, OpenError, copy, copy_on,
-    first_difference, open, open_file,
+    Buffers, Disk, Error, Extent, ExtentKind, Format, Journal, OpenError, ReadOnlyDisk, copy,
+    copy_on, first_difference, open, open_file,
 };
 use tempfile::TempDir;
 
@@ -40,7 +42,7 @@ impl Scene {
     fn make(&self, name: &str, size: u64, backing: Option<(&str, &str)>) {
         let mut options = Options::new(size);
         options.backing = backing.map(|(name, format)| (name.to_owned(), format.to_owned()));
-        qcow2::create(&create(&self.path(name)), &options).unwrap();
+        qcow2::create(&new_file(&self.path(name)), &options).unwrap();
     }
 
     fn open(&self, name: &str) -> Arc<dyn Disk> {
@@ -56,33 +58,8 @@ impl Scene {
     }
 
     fn check(&self, name: &str) {
-        let output = Command::new("qemu-img")
-            .arg("check")
-            .arg(self.path(name))
-            .output();
-        let text = String::from_utf8(output.unwrap().stdout).unwrap();
-        assert!(text.contains("No errors were found"), "{text}");
+        check(&self.path(name));
     }
-}
-
-fn create(path: &Path) -> HostFile {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path);
-    HostFile::new(file.unwrap())
-}
-
-fn write(disk: &dyn Disk, offset: u64, value: u8, length: u64) {
-    let mut data = vec![value; length as usize];
-    disk.write(offset, Buffers::from(&mut data[..])).unwrap();
-}
-
-fn read(disk: &dyn Disk) -> Vec<u8> {
-    let mut bytes = vec![0xee; disk.size() as usize];
-    disk.read(0, Buffers::from(&mut bytes[..])).unwrap();
-    bytes
 }
 
 #[test]
@@ -93,7 +70,7 @@ fn a_chain_is_opened_by_the_path_of_its_top() {
 
     let top = scene.open("top.qcow2");
 
-    let bytes = read(&*top);
+    let bytes = read_all(&*top);
     assert_eq!(
         (
             bytes[0],
@@ -165,7 +142,7 @@ fn what_a_guest_writes_to_a_raw_disk_does_not_make_it_another_format() {
     let error = open(&scene.path("guest.img"), None, false).unwrap_err();
     assert!(error.to_string().contains("format=raw"), "{error}");
     let raw = open(&scene.path("guest.img"), Some(Format::Raw), false).unwrap();
-    assert!(read(&*raw).starts_with(b"QFI"));
+    assert!(read_all(&*raw).starts_with(b"QFI"));
     let qcow2 = open(&scene.path("guest.img"), Some(Format::Qcow2), false).unwrap();
     assert_eq!(qcow2.size(), CLUSTER);
 }
@@ -178,7 +155,7 @@ fn a_clone_is_folded_back_and_is_empty_then() {
     overlay
         .write_zeroes(7 * CLUSTER, 2 * CLUSTER, true)
         .unwrap();
-    let expected = read(&overlay);
+    let expected = read_all(&overlay);
     let size = |name: &str| fs::metadata(scene.path(name)).unwrap().len();
     drop(overlay);
 
@@ -192,7 +169,7 @@ fn a_clone_is_folded_back_and_is_empty_then() {
     assert!(fs::read(scene.path("base.raw")).unwrap() == expected);
     assert_eq!(size("base.raw"), 20 * CLUSTER);
     let disk = scene.open("disk.qcow2");
-    assert!(read(&*disk) == expected);
+    assert!(read_all(&*disk) == expected);
     assert_eq!(disk.extent(0, 20 * CLUSTER).unwrap().depth, 1);
     drop(disk);
     scene.check("disk.qcow2");
@@ -204,7 +181,7 @@ fn what_a_disk_grows_by_is_zeroes_whatever_is_below() {
     let scene = Scene::new(3 * CLUSTER + 512);
     let mut overlay = scene.overlay();
     overlay.resize(1000 * CLUSTER).unwrap();
-    let bytes = read(&overlay);
+    let bytes = read_all(&overlay);
     let end = 3 * CLUSTER as usize + 512;
     assert!(bytes[..end].iter().all(|byte| *byte != 0));
     assert!(bytes[end..].iter().all(|byte| *byte == 0));
@@ -216,7 +193,7 @@ fn what_a_disk_grows_by_is_zeroes_whatever_is_below() {
     overlay.resize(CLUSTER).unwrap();
     overlay.resize(950 * CLUSTER).unwrap();
     assert!(
-        read(&overlay)[CLUSTER as usize..]
+        read_all(&overlay)[CLUSTER as usize..]
             .iter()
             .all(|byte| *byte == 0)
     );
@@ -235,7 +212,7 @@ fn copies_leave_out_what_is_zeroes() {
 
     let copied = copy(&*from, &*to, true, &|_| {}).unwrap();
 
-    assert!(read(&*from) == read(&*to));
+    assert!(read_all(&*from) == read_all(&*to));
     assert_eq!(copied.data, 15 * CLUSTER + 4096);
     assert_eq!(copied.data + copied.zeroes, 30 * CLUSTER);
     drop(to);
@@ -261,7 +238,7 @@ fn an_image_moves_to_another_base_and_shows_the_same() {
     let scene = Scene::new(20 * CLUSTER);
     let mut overlay = scene.overlay();
     write(&overlay, 3 * CLUSTER + 100, 0xaa, 2 * CLUSTER);
-    let expected = read(&overlay);
+    let expected = read_all(&overlay);
     // the same as the old base up to the middle, and shorter
     let bytes: Vec<u8> = (0..15 * CLUSTER)
         .map(|at| {
@@ -281,14 +258,14 @@ fn an_image_moves_to_another_base_and_shows_the_same() {
     assert!((10 * CLUSTER..14 * CLUSTER).contains(&got), "{got}");
     drop(overlay);
     fs::remove_file(scene.path("base.raw")).unwrap();
-    assert!(read(&*scene.open("disk.qcow2")) == expected);
+    assert!(read_all(&*scene.open("disk.qcow2")) == expected);
     scene.check("disk.qcow2");
 
     let mut overlay = scene.overlay();
     overlay.rebase(None, &|_| {}).unwrap();
     drop((overlay, other));
     fs::remove_file(scene.path("other.raw")).unwrap();
-    assert!(read(&*scene.open("disk.qcow2")) == expected);
+    assert!(read_all(&*scene.open("disk.qcow2")) == expected);
     scene.check("disk.qcow2");
 }
 
@@ -300,7 +277,7 @@ struct Breaking {
     first: std::sync::Mutex<u64>,
 }
 
-impl Disk for Breaking {
+impl ReadOnlyDisk for Breaking {
     fn size(&self) -> u64 {
         self.disk.size()
     }
@@ -312,22 +289,6 @@ impl Disk for Breaking {
             return Err(std::io::Error::other("the cable was pulled").into());
         }
         self.disk.read(offset, buffers)
-    }
-
-    fn write(&self, _: u64, _: Buffers) -> strata_disk::Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> strata_disk::Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn discard(&self, _: u64, _: u64) -> strata_disk::Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn flush(&self) -> strata_disk::Result<()> {
-        Ok(())
     }
 
     fn extent(&self, offset: u64, length: u64) -> strata_disk::Result<Extent> {

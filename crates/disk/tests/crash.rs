@@ -1,15 +1,17 @@
 //! A process that writes to an image is killed at any moment: what it was told is durable is there,
 //! and the image is whole. `STRATA_DISK_KILLS` says how often.
 
+mod common;
+
 use std::env;
-use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
 
+use common::{STEP, check, file, new_file, read_all, scramble, verdict, write};
+use strata_disk::Disk;
 use strata_disk::qcow2::{self, Options, Qcow2, Repair};
-use strata_disk::{Buffers, Disk, HostFile};
 use tempfile::TempDir;
 
 /// Tells the other process which image to write to, and where it begins.
@@ -17,20 +19,12 @@ const WORK: &str = "STRATA_DISK_CRASH";
 const SIZE: u64 = 24 << 20;
 
 fn open(path: &Path) -> Qcow2 {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    Qcow2::open(HostFile::new(file), None, None, true).unwrap()
+    Qcow2::open(file(path, true), None, None, true).unwrap()
 }
 
 /// What is done as the `number`th: where, how many bytes, and which; 0 is a discard.
 fn deed(number: u64) -> (u64, u64, u8) {
-    let mut z = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^= z >> 31;
+    let z = scramble(number.wrapping_mul(STEP));
     let length = (1 + z % 64) * 512;
     let offset = (z >> 8) % ((SIZE - length) / 512) * 512;
     let value = if z >> 60 == 0 {
@@ -54,8 +48,7 @@ fn writer() {
         if value == 0 {
             disk.write_zeroes(offset, length, true).unwrap();
         } else {
-            let mut data = vec![value; length as usize];
-            disk.write(offset, Buffers::from(&mut data[..])).unwrap();
+            write(&disk, offset, value, length);
         }
         disk.flush().unwrap();
         writeln!(out, "done {number}").unwrap();
@@ -82,12 +75,7 @@ fn what_was_flushed_survives_a_kill_and_the_image_is_whole() {
     {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("disk.qcow2");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path);
-        qcow2::create(&HostFile::new(file.unwrap()), &options).unwrap();
+        qcow2::create(&new_file(&path), &options).unwrap();
         let mut model = vec![0; SIZE as usize];
         let mut next = 0;
         for _ in 0..(kills + number) / 3 {
@@ -119,13 +107,12 @@ fn what_was_flushed_survives_a_kill_and_the_image_is_whole() {
                 model[offset as usize..][..length as usize].fill(value);
             }
 
-            unclean += u32::from(!is_clean_to_qemu(&path));
+            unclean += u32::from(!verdict(&path).0);
             let mut disk = open(&path);
             assert!(disk.check(Repair::Nothing).unwrap().is_clean());
-            let mut now = vec![0; SIZE as usize];
-            disk.read(0, Buffers::from(&mut now[..])).unwrap();
+            let now = read_all(&disk);
             drop(disk);
-            assert!(is_clean_to_qemu(&path));
+            check(&path);
             // what was under way may be there, in part or whole
             let (offset, length, _) = deed(next);
             let under_way = offset as usize..(offset + length) as usize;
@@ -136,13 +123,4 @@ fn what_was_flushed_survives_a_kill_and_the_image_is_whole() {
         assert!(next > 20, "{next}");
     }
     eprintln!("{kills} kills, {unclean} of them with leaks until the image was opened");
-}
-
-fn is_clean_to_qemu(path: &Path) -> bool {
-    let output = Command::new("qemu-img")
-        .arg("check")
-        .arg(path)
-        .output()
-        .unwrap();
-    String::from_utf8_lossy(&output.stdout).contains("No errors were found")
 }

@@ -1,11 +1,14 @@
 //! Encrypted images, against `qemu-img` both ways.
 
-use std::fs::{self, OpenOptions};
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
+use common::{file, read_all};
 use strata_disk::qcow2::{self, Options, Qcow2, Repair, Secret};
-use strata_disk::{Buffers, Disk, Error, Hash, HostFile, Key, OpenError, Passphrase};
+use strata_disk::{Buffers, Disk, Error, Hash, Key, OpenError, Passphrase};
 use tempfile::TempDir;
 
 const SIZE: u64 = 1 << 20;
@@ -102,22 +105,6 @@ impl Place {
         image.unlock(&phrase()).unwrap();
         image
     }
-}
-
-fn file(path: &Path, write: bool) -> HostFile {
-    let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(write)
-        .create(write)
-        .truncate(false);
-    HostFile::new(options.open(path).unwrap())
-}
-
-fn read_all(disk: &dyn Disk) -> Vec<u8> {
-    let mut bytes = vec![0xee; disk.size() as usize];
-    disk.read(0, Buffers::from(&mut bytes[..])).unwrap();
-    bytes
 }
 
 /// Data here and there, which differs from sector to sector.

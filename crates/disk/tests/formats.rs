@@ -1,28 +1,17 @@
 //! VHD, VHDX and VMDK images both ways against `qemu-img`.
 
+mod common;
+
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
 
-use strata_disk::{Buffers, Disk, Format, HostFile, export, open};
+use common::{Random, new_file, qemu_img, read_in_pieces};
+use strata_disk::{Buffers, Disk, Format, export, open};
 use tempfile::TempDir;
 
-fn qemu_img(arguments: &[&str]) -> String {
-    let output = Command::new("qemu-img").args(arguments).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {text}{errors}");
-    text
-}
-
+/// What is on a disk, read in pieces that end anywhere.
 fn read(disk: &dyn Disk) -> Vec<u8> {
-    let mut bytes = vec![0xee; disk.size() as usize];
-    // in pieces that end anywhere
-    for (number, part) in bytes.chunks_mut(777_777).enumerate() {
-        disk.read(number as u64 * 777_777, Buffers::from(part))
-            .unwrap();
-    }
-    bytes
+    read_in_pieces(disk, 777_777)
 }
 
 /// Numbers here and there, with holes between, and at the very end.
@@ -97,14 +86,7 @@ fn what_is_exported_is_read_by_qemu_and_again_here() {
         (Format::VmdkStream, "stream.vmdk", "vmdk"),
     ] {
         let image = path(&folder, name);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&image);
-        let file = HostFile::new(file.unwrap());
-        export(&*from, &file, format, &|_| {}).unwrap();
-        drop(file);
+        export(&*from, &new_file(image.as_ref()), format, &|_| {}).unwrap();
 
         let disk = open(Path::new(&image), None, false).unwrap();
         assert!(read(&*disk) == bytes, "{name}");
@@ -129,12 +111,7 @@ fn an_empty_disk_is_exported_too() {
     let from = open(Path::new(&raw), None, false).unwrap();
     for format in [Format::Vhd, Format::Vhdx, Format::Vmdk, Format::VmdkStream] {
         let image = path(&folder, format.name());
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&image);
-        export(&*from, &HostFile::new(file.unwrap()), format, &|_| {}).unwrap();
+        export(&*from, &new_file(image.as_ref()), format, &|_| {}).unwrap();
         let disk = open(Path::new(&image), Some(format), false).unwrap();
         assert!(read(&*disk) == vec![0; 3 << 20], "{format:?}");
     }
@@ -146,19 +123,11 @@ fn an_image_that_is_not_whole_is_refused_and_nothing_panics() {
     let raw = path(&folder, "source.raw");
     fs::write(&raw, content(4 << 20)).unwrap();
     let from = open(Path::new(&raw), None, false).unwrap();
-    let mut seed = 1_u64;
-    let mut random = |end: usize| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (seed >> 33) as usize % end
-    };
+    let mut numbers = Random(1);
+    let mut random = |end: usize| numbers.below(end as u64) as usize;
     for format in [Format::Vhd, Format::Vhdx, Format::Vmdk, Format::VmdkStream] {
         let image = path(&folder, format.name());
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&image);
-        export(&*from, &HostFile::new(file.unwrap()), format, &|_| {}).unwrap();
+        export(&*from, &new_file(image.as_ref()), format, &|_| {}).unwrap();
         // its tables, which are at both ends
         let mut good = fs::read(&image).unwrap();
         good.truncate(if format == Format::Vhdx {

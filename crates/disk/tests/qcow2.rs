@@ -1,23 +1,15 @@
 //! Images against a model in memory, and against `qemu-img` both ways.
 
-use std::fs::{File, OpenOptions};
+mod common;
+
+use std::fmt::Debug;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
+use common::{Random, check, content, file, qemu_img, read_all};
 use strata_disk::qcow2::{self, Compression, Options, Qcow2, Repair};
-use strata_disk::{Buffers, Disk, HostFile};
+use strata_disk::{Buffers, Disk};
 use tempfile::TempDir;
-
-fn file(path: &Path, write: bool) -> HostFile {
-    let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(write)
-        .create(write)
-        .truncate(false);
-    HostFile::new(options.open(path).unwrap())
-}
 
 fn open(path: &Path, backing: Option<Arc<dyn Disk>>) -> Qcow2 {
     let folder = path.parent().unwrap();
@@ -26,50 +18,6 @@ fn open(path: &Path, backing: Option<Arc<dyn Disk>>) -> Qcow2 {
         .data_file
         .map(|name| file(&folder.join(name), true));
     Qcow2::open(file(path, true), backing, data, true).unwrap()
-}
-
-fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {text}{errors}"
-    );
-    text
-}
-
-/// `qemu-img check` finds neither damage nor leaks.
-fn check(path: &Path) {
-    let text = run("qemu-img", &["check", path.to_str().unwrap()]);
-    assert!(text.contains("No errors were found"), "{text}");
-}
-
-/// What `qemu-img` says is on the disk.
-fn content(path: &Path) -> Vec<u8> {
-    let raw = path.with_extension("raw");
-    let (from, to) = (path.to_str().unwrap(), raw.to_str().unwrap());
-    run("qemu-img", &["convert", "-O", "raw", from, to]);
-    std::fs::read(raw).unwrap()
-}
-
-fn read_all(disk: &dyn Disk) -> Vec<u8> {
-    let mut bytes = vec![0xee; disk.size() as usize];
-    disk.read(0, Buffers::from(&mut bytes[..])).unwrap();
-    bytes
-}
-
-/// Numbers that look random and are the same each time (SplitMix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
-    }
 }
 
 /// Does something to both the disk and its model.
@@ -99,6 +47,25 @@ fn act(disk: &dyn Disk, model: &mut [u8], random: &mut Random) {
         }
         _ => disk.flush().unwrap(),
     }
+}
+
+/// Does so much to both the disk, which is then closed, and its model: both stay the same, and QEMU
+/// finds the image whole.
+fn change(
+    disk: Qcow2,
+    path: &Path,
+    model: &mut [u8],
+    random: &mut Random,
+    deeds: u32,
+    what: &dyn Debug,
+) {
+    for _ in 0..deeds {
+        act(&disk, model, random);
+    }
+    assert!(read_all(&disk) == model, "{what:?}");
+    drop(disk);
+    check(path);
+    assert!(content(path) == model, "qemu-img, {what:?}");
 }
 
 fn layouts() -> Vec<Options> {
@@ -162,13 +129,7 @@ fn images_hold_what_was_written_and_qemu_finds_them_whole() {
 
         for _ in 0..4 {
             let disk = open(&path, None);
-            for _ in 0..60 {
-                act(&disk, &mut model, &mut random);
-            }
-            assert!(read_all(&disk) == model, "{options:?}");
-            drop(disk);
-            check(&path);
-            assert!(content(&path) == model, "qemu-img, {options:?}");
+            change(disk, &path, &mut model, &mut random, 60, &options);
         }
     }
 }
@@ -202,13 +163,7 @@ fn an_image_shows_what_it_is_based_on_where_it_was_not_written() {
                 Arc::new(Qcow2::open(file(&base, false), None, None, false).unwrap());
             let disk = open(&path, Some(below));
             assert!(read_all(&disk) == model);
-            for _ in 0..40 {
-                act(&disk, &mut model, &mut random);
-            }
-            assert!(read_all(&disk) == model, "{options:?}");
-            drop(disk);
-            check(&path);
-            assert!(content(&path) == model, "qemu-img, {options:?}");
+            change(disk, &path, &mut model, &mut random, 40, &options);
         }
     }
 }
@@ -230,20 +185,11 @@ fn compressed_images_are_read_and_written_both_ways() {
         let theirs = folder.path().join(format!("theirs-{name}.qcow2"));
         let option = format!("compression_type={name}");
         let (from, to) = (raw.to_str().unwrap(), theirs.to_str().unwrap());
-        run(
-            "qemu-img",
-            &["convert", "-c", "-O", "qcow2", "-o", &option, from, to],
-        );
+        qemu_img(&["convert", "-c", "-O", "qcow2", "-o", &option, from, to]);
         let mut model = bytes.clone();
         let disk = open(&theirs, None);
         assert!(read_all(&disk) == model, "{name}");
-        for _ in 0..50 {
-            act(&disk, &mut model, &mut random);
-        }
-        assert!(read_all(&disk) == model, "{name}");
-        drop(disk);
-        check(&theirs);
-        assert!(content(&theirs) == model, "{name}");
+        change(disk, &theirs, &mut model, &mut random, 50, &name);
 
         let ours = folder.path().join(format!("ours-{name}.qcow2"));
         let options = Options {
@@ -320,20 +266,10 @@ fn an_image_that_is_not_whole_is_refused_and_nothing_panics() {
     let mut random = Random(3);
     for _ in 0..2000 {
         let mut bad = good.clone();
-        for _ in 0..=random.below(4) {
-            let at = random.below(6000.min(bad.len() as u64)) as usize;
-            bad[at] = random.below(256) as u8;
-        }
+        random.spoil(&mut bad, 4, 6000);
         let spoiled = folder.path().join("spoiled.qcow2");
         std::fs::write(&spoiled, &bad).unwrap();
-        let file = HostFile::new(
-            File::options()
-                .read(true)
-                .write(true)
-                .open(&spoiled)
-                .unwrap(),
-        );
-        let Ok(disk) = Qcow2::open(file, None, None, true) else {
+        let Ok(disk) = Qcow2::open(file(&spoiled, true), None, None, true) else {
             continue;
         };
         let mut model = vec![0; disk.size().min(1 << 20) as usize];
@@ -413,12 +349,12 @@ fn snapshots_are_made_applied_and_forgotten_and_qemu_agrees() {
             drop(disk);
             check(&path);
         }
-        let listed = run("qemu-img", &["snapshot", "-l", name]);
+        let listed = qemu_img(&["snapshot", "-l", name]);
         assert!(
             ["one", "two", "three"].iter().all(|s| listed.contains(s)),
             "{listed}"
         );
-        run("qemu-img", &["snapshot", "-c", "four", name]);
+        qemu_img(&["snapshot", "-c", "four", name]);
         kept.push(("four", model.clone()));
 
         let mut disk = open(&path, None);
@@ -439,7 +375,7 @@ fn snapshots_are_made_applied_and_forgotten_and_qemu_agrees() {
         }
         drop(disk);
         check(&path);
-        run("qemu-img", &["snapshot", "-a", "two", name]);
+        qemu_img(&["snapshot", "-a", "two", name]);
         let mut disk = open(&path, None);
         assert!(read_all(&disk) == kept[1].1);
         for (snapshot, _) in &kept {
@@ -471,12 +407,9 @@ fn images_with_every_option_that_qemu_has_are_opened_and_changed() {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("disk.qcow2");
         let name = path.to_str().unwrap();
-        run(
-            "qemu-img",
-            &["create", "-f", "qcow2", "-o", options, name, "3M"],
-        );
+        qemu_img(&["create", "-f", "qcow2", "-o", options, name, "3M"]);
         if !options.contains("0.10") {
-            run("qemu-img", &["bitmap", "--add", name, "changes"]);
+            qemu_img(&["bitmap", "--add", name, "changes"]);
         }
         assert!(
             open(&path, None).check(Repair::Nothing).unwrap().is_clean(),
@@ -487,13 +420,7 @@ fn images_with_every_option_that_qemu_has_are_opened_and_changed() {
         for _ in 0..3 {
             let disk = open(&path, None);
             assert!(read_all(&disk) == model, "{options}");
-            for _ in 0..40 {
-                act(&disk, &mut model, &mut random);
-            }
-            assert!(read_all(&disk) == model, "{options}");
-            drop(disk);
-            check(&path);
-            assert!(content(&path) == model, "{options}");
+            change(disk, &path, &mut model, &mut random, 40, &options);
         }
     }
 }

@@ -1,12 +1,15 @@
 //! VHDX images that were not closed: the changes in their logs are seen, as `qemu-img` sees them when
 //! it has written them to their places.
 
-use std::fs::{self, File};
+mod common;
+
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use common::{file, new_file};
 use crc::{CRC_32_ISCSI, Crc};
-use strata_disk::{Buffers, Format, HostFile, Raw, export, open};
+use strata_disk::{Buffers, Format, Raw, export, open};
 use tempfile::TempDir;
 
 const MEBI: usize = 1 << 20;
@@ -81,14 +84,9 @@ impl Image {
         disk[ZEROES].fill(0);
         let raw = folder.path().join("disk.raw");
         fs::write(&raw, &disk).unwrap();
-        let raw = Raw::open(HostFile::new(File::open(raw).unwrap()), false).unwrap();
+        let raw = Raw::open(file(&raw, false), false).unwrap();
         let path = folder.path().join("whole.vhdx");
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path);
-        export(&raw, &HostFile::new(file.unwrap()), Format::Vhdx, &|_| {}).unwrap();
+        export(&raw, &new_file(&path), Format::Vhdx, &|_| {}).unwrap();
         let whole = fs::read(path).unwrap();
         Self {
             folder,

@@ -5,7 +5,7 @@ use super::{Qcow2, header::MAX_L1};
 use crate::copy::{Copied, Part, each_part};
 use crate::error::{Error, Result};
 use crate::pieces::Crew;
-use crate::{Buffers, Disk, ExtentKind};
+use crate::{Buffers, Disk, Extent, ExtentKind, ReadOnlyDisk};
 
 /// Bytes that are compared at once, at least.
 const PIECE: u64 = 1 << 20;
@@ -166,7 +166,7 @@ impl Qcow2 {
 #[derive(Debug)]
 struct Own<'a>(&'a Qcow2);
 
-impl Disk for Own<'_> {
+impl ReadOnlyDisk for Own<'_> {
     fn size(&self) -> u64 {
         self.0.size
     }
@@ -175,23 +175,7 @@ impl Disk for Own<'_> {
         self.0.read(offset, buffers)
     }
 
-    fn write(&self, _: u64, _: Buffers) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn discard(&self, _: u64, _: u64) -> Result<()> {
-        Err(Error::ReadOnly)
-    }
-
-    fn flush(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn extent(&self, offset: u64, length: u64) -> Result<crate::Extent> {
+    fn extent(&self, offset: u64, length: u64) -> Result<Extent> {
         let mut extent = self.0.extent(offset, length)?;
         if extent.depth > 0 {
             extent.kind = ExtentKind::Absent;

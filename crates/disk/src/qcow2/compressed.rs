@@ -1,10 +1,11 @@
 //! Compressed clusters: read a whole at a time, written one after the other.
 
 use std::borrow::Cow;
-use std::io::Read;
-use std::sync::{Arc, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use zstd::zstd_safe;
 
 use super::Qcow2;
 use super::header::Compression;
@@ -14,8 +15,24 @@ use crate::error::{Error, Result, damaged};
 use crate::pieces::{Crew, Piece, each_piece};
 use crate::{Buffers, Disk, ExtentKind};
 
-/// A cluster that was decompressed last: its host offset and what is in it.
-pub(super) type Inflated = Option<(u64, Arc<[u8]>)>;
+/// What is kept between reads of compressed clusters.
+#[derive(Debug, Default)]
+pub(super) struct Inflated {
+    /// The cluster of which a part was read last: its host offset and what is in it.
+    last: Mutex<Option<(u64, Arc<[u8]>)>>,
+    /// Nobody uses them at present: as many as there were reads at once.
+    idle: Mutex<Vec<Unpacker>>,
+}
+
+impl Inflated {
+    fn last(&self) -> MutexGuard<'_, Option<(u64, Arc<[u8]>)>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Unpacker>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Qcow2 {
     /// Reads bytes of one compressed cluster.
@@ -25,36 +42,36 @@ impl Qcow2 {
         offset: u64,
         buffers: &Buffers,
     ) -> Result<()> {
-        let cluster = self.inflate(data)?;
-        let inside = (offset % self.layout.cluster_size()) as usize;
-        buffers.fill_from(&cluster[inside..][..buffers.len() as usize]);
-        Ok(())
-    }
-
-    fn inflate(&self, data: CompressedData) -> Result<Arc<[u8]>> {
-        let lock = || self.inflated.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, cluster)) = lock().as_ref().filter(|last| last.0 == data.offset) {
-            return Ok(Arc::clone(cluster));
+        let size = self.layout.cluster_size();
+        let inside = (offset % size) as usize;
+        let wanted = inside..inside + buffers.len() as usize;
+        let last = self.inflated.last().clone();
+        if let Some((_, cluster)) = last.filter(|last| last.0 == data.offset) {
+            buffers.fill_from(&cluster[wanted]);
+            return Ok(());
         }
-        let mut bytes = vec![0; data.length as usize];
-        self.data().read_bytes(data.offset, &mut bytes)?;
-        let mut cluster = vec![0; self.layout.cluster_size() as usize];
-        let whole = match self.compression {
-            Compression::Zlib => unzip(&bytes, &mut cluster),
-            Compression::Zstd => unzstd(&bytes, &mut cluster),
+        let idle = self.inflated.idle().pop();
+        let mut unpacker = match idle {
+            Some(unpacker) => unpacker,
+            None => Unpacker::new(self.compression)?,
         };
-        if !whole {
+        let packed = unpacker.room(data.length as usize);
+        self.data().read_bytes(data.offset, packed)?;
+        let Some(cluster) = unpacker.unpack(data.length as usize, size as usize) else {
             let at = data.offset;
             return Err(damaged(format!("compressed data at byte {at:#x}")));
+        };
+        buffers.fill_from(&cluster[wanted]);
+        if buffers.len() < size {
+            *self.inflated.last() = Some((data.offset, cluster.into()));
         }
-        let cluster: Arc<[u8]> = cluster.into();
-        *lock() = Some((data.offset, Arc::clone(&cluster)));
-        Ok(cluster)
+        self.inflated.idle().push(unpacker);
+        Ok(())
     }
 
     /// Forgets what was decompressed: its room may be used for something else.
     pub(super) fn forget_inflated(&self) {
-        *self.inflated.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.inflated.last() = None;
     }
 
     /// Fills this image, which is blank, with what is on another disk, compressed. `progress` is told
@@ -151,17 +168,69 @@ impl Qcow2 {
     }
 }
 
-/// Fills `cluster` from raw deflate data, which may be followed by something else.
-fn unzip(bytes: &[u8], cluster: &mut [u8]) -> bool {
-    let mut state = Decompress::new(false);
-    let done = state.decompress(bytes, cluster, FlushDecompress::Finish);
-    done.is_ok_and(|_| state.total_out() == cluster.len() as u64)
+/// What decompresses clusters, one after the other.
+struct Unpacker {
+    kind: Unpacking,
+    packed: Vec<u8>,
+    cluster: Vec<u8>,
 }
 
-/// The same from a Zstandard frame.
-fn unzstd(bytes: &[u8], cluster: &mut [u8]) -> bool {
-    let decoder = ruzstd::decoding::StreamingDecoder::new(bytes);
-    decoder.is_ok_and(|mut decoder| decoder.read_exact(cluster).is_ok())
+enum Unpacking {
+    Zlib(Decompress),
+    Zstd(zstd::bulk::Decompressor<'static>),
+}
+
+impl fmt::Debug for Unpacker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unpacker").finish_non_exhaustive()
+    }
+}
+
+impl Unpacker {
+    fn new(compression: Compression) -> Result<Self> {
+        let kind = match compression {
+            Compression::Zlib => Unpacking::Zlib(Decompress::new(false)),
+            Compression::Zstd => Unpacking::Zstd(zstd::bulk::Decompressor::new()?),
+        };
+        Ok(Self {
+            kind,
+            packed: Vec::new(),
+            cluster: Vec::new(),
+        })
+    }
+
+    /// Room for so many compressed bytes.
+    fn room(&mut self, length: usize) -> &mut [u8] {
+        if self.packed.len() < length {
+            self.packed.resize(length, 0);
+        }
+        &mut self.packed[..length]
+    }
+
+    /// The cluster of `size` bytes that begins in the first `length` bytes of the room, which something
+    /// else may follow. None, unless it is whole and no longer.
+    fn unpack(&mut self, length: usize, size: usize) -> Option<&[u8]> {
+        let packed = self.packed.get(..length)?;
+        self.cluster.resize(size, 0);
+        let unpacked = match &mut self.kind {
+            Unpacking::Zlib(state) => {
+                state.reset(false);
+                let done = state.decompress(packed, &mut self.cluster, FlushDecompress::Finish);
+                done.ok()?;
+                state.total_out() as usize
+            }
+            Unpacking::Zstd(state) => {
+                // In one step, the cluster is the window as well: what the frame says of its sizes
+                // takes no memory.
+                let frame = zstd_safe::find_frame_compressed_size(packed).ok()?;
+                let frame = packed.get(..frame)?;
+                state
+                    .decompress_to_buffer(frame, &mut self.cluster[..])
+                    .ok()?
+            }
+        };
+        (unpacked == size).then_some(&self.cluster)
+    }
 }
 
 /// What compresses clusters, one after the other.
@@ -210,5 +279,102 @@ impl Packer {
             Packing::Zstd(state) => state.compress_to_buffer(cluster, &mut self.packed[..]).ok(),
         };
         length.map(|length| &self.packed[..length])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: usize = 64 << 10;
+
+    /// Text that differs from line to line.
+    fn cluster() -> Vec<u8> {
+        let lines = (0..).flat_map(|n: u32| format!("{} of a text\n", n * n % 9973).into_bytes());
+        lines.take(SIZE).collect()
+    }
+
+    fn unpack(unpacker: &mut Unpacker, packed: &[u8]) -> Option<Vec<u8>> {
+        unpacker.room(packed.len()).copy_from_slice(packed);
+        unpacker.unpack(packed.len(), SIZE).map(<[u8]>::to_vec)
+    }
+
+    fn each(test: impl Fn(&mut Packer, &mut Unpacker)) {
+        for compression in [Compression::Zlib, Compression::Zstd] {
+            let mut packer = Packer::new(compression).unwrap();
+            test(&mut packer, &mut Unpacker::new(compression).unwrap());
+        }
+    }
+
+    #[test]
+    fn what_follows_a_compressed_cluster_is_ignored() {
+        each(|packer, unpacker| {
+            let one = packer.pack(&cluster()).unwrap().to_vec();
+            for after in [&[][..], &[0; 500], &[0xee; 500], &one] {
+                let packed = [&one, after].concat();
+                assert_eq!(unpack(unpacker, &packed), Some(cluster()));
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_shorter_or_longer_than_a_cluster_is_refused() {
+        each(|packer, unpacker| {
+            for length in [1, SIZE - 1, SIZE + 1, 100 * SIZE] {
+                let data = cluster().repeat(100)[..length].to_vec();
+                let Some(packed) = packer.pack(&data).map(<[u8]>::to_vec) else {
+                    assert_eq!(length, 1);
+                    continue;
+                };
+                let found = unpack(unpacker, &packed);
+                // raw deflate data says nowhere how long it is
+                let cut = matches!(unpacker.kind, Unpacking::Zlib(_)) && length > SIZE;
+                assert_eq!(found, cut.then(cluster), "{length}");
+            }
+            let whole = packer.pack(&cluster()).unwrap();
+            assert_eq!(unpack(unpacker, &whole[..whole.len() / 2]), None);
+            assert_eq!(unpack(unpacker, &[]), None);
+        });
+    }
+
+    #[test]
+    fn damaged_clusters_are_refused_or_of_the_right_length_and_the_next_is_whole() {
+        each(|packer, unpacker| {
+            let good = packer.pack(&cluster()).unwrap().to_vec();
+            let mut seed = 1_u64;
+            let mut random = |end: usize| {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (seed >> 33) as usize % end
+            };
+            for _ in 0..2000 {
+                let mut bad = good.clone();
+                for _ in 0..=random(4) {
+                    let near = if random(2) == 0 { 32 } else { bad.len() };
+                    bad[random(near)] = random(256) as u8;
+                }
+                bad.truncate(bad.len() - random(3) * random(200));
+                if let Some(found) = unpack(unpacker, &bad) {
+                    assert_eq!(found.len(), SIZE);
+                }
+            }
+            assert_eq!(unpack(unpacker, &good), Some(cluster()));
+        });
+    }
+
+    #[test]
+    fn a_zstd_frame_may_claim_a_window_of_2_gib_and_no_more() {
+        // no size, a window of 2^(10 + n) bytes (RFC 8878 §3.1.1.1), one block of repeated bytes
+        let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 0];
+        let block = (SIZE as u32) << 3 | 1 << 1 | 1;
+        frame.extend(&block.to_le_bytes()[..3]);
+        frame.push(7);
+        let mut unpacker = Unpacker::new(Compression::Zstd).unwrap();
+
+        let found = [6, 21, 22, 31].map(|n: u8| {
+            frame[5] = n << 3;
+            unpack(&mut unpacker, &frame).is_some_and(|found| found == vec![7; SIZE])
+        });
+
+        assert_eq!(found, [true, true, false, false]);
     }
 }

@@ -57,7 +57,7 @@ pub struct Qcow2 {
     compression: Compression,
     secrecy: Secrecy,
     tables: Mutex<Tables>,
-    inflated: Mutex<Inflated>,
+    inflated: Inflated,
     /// A cluster is no longer busy.
     settled: Condvar,
     /// Requests hold it to read; who frees clusters, to write.
@@ -192,7 +192,7 @@ impl Qcow2 {
                 Some(_) => Secrecy::Locked,
             },
             tables: Mutex::new(tables),
-            inflated: Mutex::new(None),
+            inflated: Inflated::default(),
             settled: Condvar::new(),
             requests: RwLock::new(()),
             commit: Mutex::new(()),
