@@ -94,17 +94,29 @@ fn a_command_in_the_background_takes_input_from_those_who_attach() {
     kill_process(Pid::from_child(&first), Signal::QUIT).unwrap();
     assert_eq!(first.wait().unwrap().code(), Some(0));
     let (mut third, mut shown) = attached(&user, &["--no-input"], &name);
-    keyboard_too.write_all(b"four\n").unwrap();
-    assert_eq!(next_line(&mut shown_too), "<four>\n");
+    let is_there = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let keyboard = &mut keyboard_too;
+        let is_there = &is_there;
+        scope.spawn(move || {
+            while !is_there.load(Ordering::Relaxed) {
+                keyboard.write_all(b"again\n").unwrap();
+                thread::sleep(Duration::from_millis(100));
+            }
+        });
+        assert_eq!(next_line(&mut shown), "<again>\n");
+        is_there.store(true, Ordering::Relaxed);
+    });
 
     // The end of the other's is the command's, whoever else is attached.
     drop(keyboard_too);
-    assert_eq!(next_line(&mut shown_too), "end\n");
+    for shown in [&mut shown, &mut shown_too] {
+        let mut rest = String::new();
+        shown.read_to_string(&mut rest).unwrap();
+        assert!(rest.ends_with("end\n"), "{rest}");
+    }
     assert_eq!(second.wait().unwrap().code(), Some(5));
     assert_eq!(third.wait().unwrap().code(), Some(5));
-    let mut rest = String::new();
-    shown.read_to_string(&mut rest).unwrap();
-    assert!(rest.ends_with("end\n"), "{rest}");
 }
 
 #[test]
