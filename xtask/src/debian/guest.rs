@@ -22,8 +22,8 @@ const SOON: Duration = Duration::from_secs(30);
 /// The last of a long output that is shown.
 const SHOWN: usize = 4000;
 
-/// What starts first in the guest, as `rdinit=`.
-const INIT: &str = "/debian";
+/// What starts first in the guest, as `rdinit=`; `switch_root` wants it to be called so.
+const INIT: &str = "/init";
 /// Loads the disk's driver and goes on with the disk's own init, which is systemd.
 const SCRIPT: &str = "#!/bin/busybox sh\n\
     /bin/busybox mount -t proc proc /proc\n\
